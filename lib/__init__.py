@@ -1,0 +1,1 @@
+"""formax: every transformer family as pure JAX functions."""
