@@ -1,1 +1,87 @@
-"""formax: every transformer family as pure JAX functions."""
+"""formax: every transformer family as pure JAX functions.
+
+    import formax
+    model = formax.from_pretrained("path-or-repo")
+    out = model(input_ids=ids, attention_mask=mask)
+
+Names are imported when they are first used, so that `import formax` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from formax.auto import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForMaskedLM,
+        AutoModelForMultipleChoice,
+        AutoModelForNextSentencePrediction,
+        AutoModelForPreTraining,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        from_pretrained,
+    )
+    from formax.inside import capture, intervene, places
+    from formax.model import Model
+    from formax.text.embedding import SentenceEncoder
+    from formax.text.tokenizer import AutoTokenizer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "formax.auto": (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForMultipleChoice",
+        "AutoModelForNextSentencePrediction",
+        "AutoModelForPreTraining",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "from_pretrained",
+    ),
+    "formax.inside": ("capture", "intervene", "places"),
+    "formax.model": ("Model",),
+    "formax.text.embedding": ("SentenceEncoder",),
+    "formax.text.tokenizer": ("AutoTokenizer",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForPreTraining",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoTokenizer",
+    "Model",
+    "SentenceEncoder",
+    "capture",
+    "from_pretrained",
+    "intervene",
+    "places",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'formax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,1 @@
-
+"""The families, one file each: configuration, spec, forward pass, heads, table of architectures."""

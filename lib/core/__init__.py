@@ -1,1 +1,1 @@
-
+"""What everything is said in: configurations, specs, outputs, taps, the registry."""

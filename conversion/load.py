@@ -1,0 +1,227 @@
+"""From checkpoint files to a parameter tree and back, by the spec alone.
+
+Everything is checked against the files' headers before a single tensor is read: a checkpoint that does not fit fails with
+nothing allocated. Tensors are then read one by one, each straight to its place on its devices.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from formax.conversion.checkpoint import Checkpoint, CheckpointError
+from formax.core import spec as specs
+from formax.core.spec import Entry, Spec, Tree
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What did not come from the file as it was.
+
+    Attributes:
+        initialised: parameters (our paths) that the file does not hold, such as a new head.
+        mismatched: parameters whose shape in the file is another, initialised because that was allowed.
+        left_out: tensors of the file that this architecture has no use for, such as another head.
+    """
+
+    initialised: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    found: dict[Entry, str]  # entry -> name in the file (with `{}` where the layout has many)
+    fresh: tuple[Entry, ...]
+    report: LoadReport
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    *,
+    base: str = "",
+    siblings: Callable[[], set[str]] = set,
+    dtype: Any = None,
+    shardings: Tree | None = None,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    key: jax.Array | None = None,
+) -> tuple[Tree, LoadReport]:
+    """Reads the parameters that `spec` declares.
+
+    Args:
+        checkpoint: an open checkpoint.
+        spec: the declaration.
+        base: prefix of the bare model's tensors; a file may have it where the spec does not, and the other way round.
+        siblings: names that other architectures of the family would read; such tensors are left out without complaint.
+        dtype: floating-point dtype of the leaves; None keeps what is on disk.
+        shardings: a tree of shardings; every device reads its own slices alone.
+        strict: complain about tensors that nothing explains.
+        ignore_mismatched_sizes: initialise parameters whose shape differs instead of raising.
+        key: random key for what the file does not hold; `jax.random.key(0)` by default.
+
+    Raises:
+        CheckpointError: missing or unexplained tensors (with the nearest names), wrong shapes or dtypes.
+    """
+    table = specs.table(spec)
+    plan = _plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
+    places = {} if shardings is None else specs.flatten(shardings)
+    leaves = {entry.path: _read(checkpoint, entry, name, dtype, places.get(entry.path)) for entry, name in plan.found.items()}
+    if plan.fresh:
+        fill = dtype or next((leaf.dtype for leaf in leaves.values()), jnp.float32)
+        key = jax.random.key(0) if key is None else key
+        leaves |= specs.init_entries(plan.fresh, key, fill, places or None)
+    return specs.unflatten({entry.path: leaves[entry.path] for entry in table.entries}), plan.report
+
+
+def _plan(
+    checkpoint: Checkpoint, table: specs.Table, base: str, siblings: Callable[[], set[str]], strict: bool, ignore_mismatched: bool
+) -> _Plan:
+    """Decides for every leaf where it comes from, and refuses what does not fit."""
+    rename = _base_renaming(checkpoint, table, base)
+    found: dict[Entry, str] = {}
+    missing: list[Entry] = []
+    fresh: list[Entry] = []
+    mismatched: list[str] = []
+    headed = bool(base) and any(entry.name.startswith(f"{base}.") for entry in table.entries)
+    for entry in table.entries:
+        name = _find(checkpoint, entry, table, rename)
+        if name is None:
+            is_head = headed and not entry.name.startswith(f"{base}.")
+            (fresh if is_head or entry.param.optional else missing).append(entry)
+        elif problem := _misfit(checkpoint, entry, name):
+            if not ignore_mismatched or "shape" not in problem:
+                hint = "; ignore_mismatched_sizes=True initialises it instead" if "shape" in problem else ""
+                raise CheckpointError(f"{problem}{hint}")
+            mismatched.append(entry.key)
+            fresh.append(entry)
+        else:
+            found[entry] = name
+    used = {name for entry, one in found.items() for name in entry.param.layout.names(one)}
+    explained = used | {rename(name) for name in table.known_names()}
+    rest = [name for name in checkpoint if name not in explained]
+    left_out: list[str] = []
+    if rest:
+        others = siblings()
+        others |= {f"{base}.{name}" for name in others} | {name.removeprefix(f"{base}.") for name in others} if base else set()
+        left_out = [name for name in rest if name in others]
+        rest = [name for name in rest if name not in others]
+    if missing or (rest and strict):
+        raise CheckpointError(_complaint(checkpoint, [rename(entry.name) for entry in missing], rest if strict else []))
+    initialised = tuple(entry.key for entry in fresh if entry.key not in mismatched)
+    return _Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))
+
+
+def _base_renaming(checkpoint: Checkpoint, table: specs.Table, base: str) -> Callable[[str], str]:
+    """The spec's name -> the file's name: the bare model's prefix is taken off or put on as the file has it."""
+    prefix = f"{base}."
+    wants = any(entry.name.startswith(prefix) for entry in table.entries)
+    has = any(name.startswith(prefix) for name in checkpoint)
+    if not base or wants == has:
+        return lambda name: name
+    if wants:
+        return lambda name: name.removeprefix(prefix)
+    return lambda name: prefix + name
+
+
+def _find(checkpoint: Checkpoint, entry: Entry, table: specs.Table, rename: Callable[[str], str]) -> str | None:
+    """The name under which the file holds this leaf: its own, an older one, or one that is tied to it."""
+    tied = [name for name, target in table.tied.items() if target == entry.key]
+    for name in (entry.name, *entry.also, *tied):
+        if all(one in checkpoint for one in entry.param.layout.names(rename(name))):
+            return rename(name)
+    return None
+
+
+def _misfit(checkpoint: Checkpoint, entry: Entry, name: str) -> str | None:
+    """What is wrong with the stored tensor(s), or None."""
+    for one in entry.param.layout.names(name):
+        info = checkpoint[one]
+        if info.shape != entry.stored_shape:
+            return f"{info.file}: {one!r} has shape {info.shape}, the configuration asks for {entry.stored_shape} ({entry.key})"
+        if not jnp.issubdtype(info.dtype, jnp.floating):
+            return f"{info.file}: {one!r} has dtype {info.dtype}, a floating-point one is needed ({entry.key})"
+    return None
+
+
+def _complaint(checkpoint: Checkpoint, missing: list[str], unexplained: list[str]) -> str:
+    lines = [f"{checkpoint.path} does not fit this architecture"]
+    for title, names, pool in (
+        ("missing", missing, list(checkpoint)),
+        ("unexplained", unexplained, missing),
+    ):
+        for name in names[:5]:
+            near = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
+            lines.append(f"  {title}: {name!r}" + (f" (nearest: {near[0]!r})" if near else ""))
+        if len(names) > 5:
+            lines.append(f"  ... and {len(names) - 5} more {title}")
+    if unexplained and not missing:
+        lines.append("  strict=False reads the checkpoint without them")
+    return "\n".join(lines)
+
+
+def _read(checkpoint: Checkpoint, entry: Entry, name: str, dtype: Any, sharding: Any) -> jax.Array:
+    """One leaf, from the mapped file to its devices; the file's pages are let go afterwards."""
+    layout, shape = entry.param.layout, entry.param.shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        view = layout.read(checkpoint.read, name, shape, index)
+        return view if dtype is None else view.astype(jnp.dtype(dtype))
+
+    everything = (slice(None),) * len(shape)
+    if sharding is None:
+        # A strided view goes to the runtime as it is: its blocked transpose is several times faster than NumPy's.
+        leaf = jax.device_put(part(everything), may_alias=False)
+    else:
+        leaf = jax.make_array_from_callback(shape, sharding, lambda index: np.ascontiguousarray(part(index or everything)))
+    leaf.block_until_ready()
+    for one in layout.names(name):
+        checkpoint.release(one)
+    return leaf
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Shape and dtype of a tensor that is going to be written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def stored_tensors(spec: Spec, params: Tree) -> tuple[dict[str, Stored], Callable[[str], np.ndarray]]:
+    """The checkpoint that a parameter tree makes: {name: shape and dtype}, and a function that gives a tensor by name.
+
+    Raises:
+        ValueError: the tree lacks a declared parameter, has another shape, or holds one that is not declared.
+    """
+    leaves: Mapping[specs.Path, Any] = specs.flatten(params)
+    table = specs.table(spec)
+    for entry in table.entries:
+        if entry.path not in leaves:
+            raise ValueError(f"the parameters lack {entry.key}, which the configuration declares")
+        if tuple(leaves[entry.path].shape) != entry.param.shape:
+            raise ValueError(f"{entry.key} has shape {tuple(leaves[entry.path].shape)}, the configuration declares {entry.param.shape}")
+    undeclared = leaves.keys() - {entry.path for entry in table.entries}
+    if undeclared:
+        raise ValueError(f"{specs.dotted(min(undeclared, key=str))} is no parameter of this configuration; it would be lost")
+    holders = table.stored()
+    tensors = {name: Stored(held[0].stored_shape, np.dtype(leaves[held[0].path].dtype)) for name, held in holders.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        held = holders[name]
+        layout = held[0].param.layout
+        arrays = [np.asarray(leaves[entry.path]) for entry in held]
+        if isinstance(layout, specs.Part):
+            return np.ascontiguousarray(layout.join(arrays))
+        if isinstance(layout, specs.Stacked):
+            return np.ascontiguousarray(layout.then.store(arrays[0][held[0].stored_names.index(name)]))
+        return np.ascontiguousarray(layout.store(arrays[0]))
+
+    return tensors, fetch

@@ -1,0 +1,169 @@
+"""One function for attention, and the layer around it that families use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from formax.core import tap
+from formax.core.spec import Initializer, Spec
+from formax.layers.attention import xla
+from formax.layers.attention.mask import Mask
+from formax.layers.linear import linear, linear_spec
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention (Vaswani et al. 2017).
+
+    Args:
+        q: queries [B, T, H, D].
+        k: keys [B, S, K, D]; K divides H, and heads share keys in groups of H / K.
+        v: values [B, S, K, Dv].
+        mask: what may be looked at; everything by default.
+        bias: added to the scaled scores, broadcasts to [B, H, T, S].
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        dropout: rate for the weights, applied when `key` is given.
+        key: random key.
+
+    Returns:
+        [B, T, H, Dv]; rows that may look nowhere are zero.
+
+    Raises:
+        ValueError: ranks, batches, lengths or head counts that do not fit, with both shapes.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [batch, length, heads, head_dim], got shape {x.shape}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {k.shape} and v {v.shape} must agree in batch, length and heads")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head_dim")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{q.shape[2]} query heads of q {q.shape} cannot share {k.shape[2]} key heads of k {k.shape}")
+    mask = mask or Mask()
+    if mask.keys is not None and mask.keys.shape[-1] != k.shape[1]:
+        raise ValueError(f"the mask speaks of {mask.keys.shape[-1]} keys (shape {mask.keys.shape}), k {k.shape} has {k.shape[1]}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return xla.attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, key=key)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values seen so far, in buffers of fixed length: `k`, `v` [B, S, K, D], `length` filled positions."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+    @staticmethod
+    def empty(batch: int, length: int, heads: int, head_dim: int, dtype: Any = jnp.float32) -> KVCache:
+        """A cache with room for `length` positions."""
+        zeros = jnp.zeros((batch, length, heads, head_dim), dtype)
+        return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+
+    def append(self, k: jax.Array, v: jax.Array) -> KVCache:
+        """The cache with [B, T, K, D] more keys and values after the filled ones."""
+        start = (0, self.length, 0, 0)
+        new_k = jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start)
+        new_v = jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start)
+        return KVCache(new_k, new_v, self.length + k.shape[1])
+
+
+def attention_spec(
+    size: int,
+    heads: int,
+    head_dim: int,
+    *,
+    names: tuple[str, str, str, str],
+    init: Initializer,
+    kv_heads: int | None = None,
+    kv_size: int | None = None,
+    bias: bool = True,
+) -> dict[str, Spec]:
+    """`q`, `k`, `v`, `o` projections, stored under the four `names`; `kv_size` is the width that keys are made from."""
+    kv = (kv_heads or heads) * head_dim
+    return {
+        "q": linear_spec(names[0], size, heads * head_dim, ("embed", "heads"), init=init, bias=bias),
+        "k": linear_spec(names[1], kv_size or size, kv, ("embed", "kv_heads"), init=init, bias=bias),
+        "v": linear_spec(names[2], kv_size or size, kv, ("embed", "kv_heads"), init=init, bias=bias),
+        "o": linear_spec(names[3], heads * head_dim, size, ("heads", "embed"), init=init, bias=bias),
+    }
+
+
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[B, T, heads * D] -> [B, T, heads, D]."""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def self_attention(
+    p: dict[str, Any],
+    x: jax.Array,
+    head_dim: int,
+    *,
+    mask: Mask,
+    bias: Any = None,
+    cache: KVCache | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    name: str = "attn",
+) -> tuple[jax.Array, KVCache | None]:
+    """Multi-head self-attention, [B, T, E] -> ([B, T, E], the cache with these T positions).
+
+    The number of heads is what the kernels hold (a pruned layer has fewer). `bias` is an array, or a function of
+    (q, k) that gives one. With a cache, keys are the buffer's S positions and `mask` must hide the unfilled ones: a causal
+    mask at `q_offset=cache.length` does. Taps: `attn.q`, `attn.k`, `attn.v`, `attn.scores`, `attn.weights`, `attn.out`.
+    """
+    with tap.scope(name):
+        q, k, v = (tap.tap(part, split_heads(linear(p[part], x), head_dim)) for part in ("q", "k", "v"))
+        if cache is not None:
+            cache = cache.append(k, v)
+            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        if callable(bias):
+            bias = bias(q, k)
+        out = attention(q, k, v, mask=mask, bias=bias, dropout=dropout, key=key)
+        return tap.tap("out", linear(p["o"], out.reshape(*x.shape[:-1], -1))), cache
+
+
+def cross_attention(
+    p: dict[str, Any],
+    x: jax.Array,
+    memory: jax.Array | None,
+    head_dim: int,
+    *,
+    mask: Mask,
+    cache: KVCache | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    name: str = "cross",
+) -> tuple[jax.Array, KVCache | None]:
+    """Attention from `x` [B, T, E] to `memory` [B, S, E']; the same taps as `self_attention`, under `cross`.
+
+    Keys and values of the memory are computed when it is given, and kept in the cache; later calls pass None for
+    `memory` and use the cache.
+    """
+    with tap.scope(name):
+        q = tap.tap("q", split_heads(linear(p["q"], x), head_dim))
+        if memory is not None:
+            k, v = (tap.tap(part, split_heads(linear(p[part], memory), head_dim)) for part in ("k", "v"))
+            if cache is not None:
+                cache = KVCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype), jnp.asarray(k.shape[1], jnp.int32))
+        elif cache is not None:
+            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
+        else:
+            raise ValueError("cross-attention needs encoder_hidden_states, or a cache that holds their keys and values")
+        out = attention(q, k, v, mask=mask, dropout=dropout, key=key)
+        return tap.tap("out", linear(p["o"], out.reshape(*x.shape[:-1], -1))), cache

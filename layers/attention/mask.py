@@ -1,0 +1,124 @@
+"""Who may look at whom, as structure rather than as a T x S table.
+
+The fields of a `Mask` combine by "and". Kernels read the structure and skip what it rules out; the XLA backend turns
+it into booleans (`materialise`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["q_offset", "kv_length", "keys", "segments", "prefix", "dense"],
+    meta_fields=["causal", "window"],
+)
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """The pairs (query i, key j) that attention may use; with no field set, all of them.
+
+    Attributes:
+        causal: key j only if its position is not after the query's.
+        window: (left, right): keys from i - left to i + right, both included; None on a side leaves it open.
+        q_offset: absolute position of the first query, an int or a scalar array (keys start at 0).
+        kv_length: [B] number of valid keys of each row.
+        keys: [B, S] booleans, the keys that exist: a padding mask of any form.
+        segments: (q_ids [B, T], kv_ids [B, S]): only equal ids see each other.
+        prefix: [B] length of a prefix whose keys every query sees, though `causal`.
+        dense: booleans that broadcast to [B, H, T, S], the last resort.
+    """
+
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    q_offset: Any = 0
+    kv_length: jax.Array | None = None
+    keys: jax.Array | None = None
+    segments: tuple[jax.Array, jax.Array] | None = None
+    prefix: jax.Array | None = None
+    dense: jax.Array | None = None
+
+    def __and__(self, other: Mask) -> Mask:
+        """Both masks at once.
+
+        Raises:
+            ValueError: a field other than `causal`, `keys` and `dense` is set in both, with different values.
+        """
+        merged: dict[str, Any] = {"causal": self.causal or other.causal}
+        for f in fields(self):
+            a, b = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "causal":
+                continue
+            if a is f.default:
+                merged[f.name] = b
+            elif b is f.default or b is a:
+                merged[f.name] = a
+            elif f.name in ("keys", "dense"):
+                merged[f.name] = a & b
+            else:
+                raise ValueError(f"both masks set {f.name}; merge it before combining them")
+        return Mask(**merged)
+
+    def materialise(self, t: int, s: int) -> jax.Array | None:
+        """Booleans that broadcast to [B, H, t, s], True where attention may look; None where everything may."""
+        q = jnp.arange(t)[:, None] + self.q_offset
+        k = jnp.arange(s)[None, :]
+        parts: list[jax.Array] = []
+        if self.causal:
+            seen = (k <= q)[None, None]
+            if self.prefix is not None:
+                seen = seen | (k < self.prefix[:, None, None])[:, None]
+            parts.append(seen)
+        if self.window is not None:
+            left, right = self.window
+            if left is not None:
+                parts.append((k >= q - left)[None, None])
+            if right is not None:
+                parts.append((k <= q + right)[None, None])
+        if self.kv_length is not None:
+            parts.append((k < self.kv_length[:, None])[:, None, None])
+        if self.keys is not None:
+            parts.append(self.keys[:, None, None, :])
+        if self.segments is not None:
+            q_ids, kv_ids = self.segments
+            parts.append((q_ids[:, :, None] == kv_ids[:, None, :])[:, None])
+        if self.dense is not None:
+            parts.append(self.dense)
+        if not parts:
+            return None
+        out = parts[0]
+        for part in parts[1:]:
+            out = out & part
+        return out
+
+
+def from_attention_mask(attention_mask: jax.Array | None, *, causal: bool = False, q_offset: Any = 0, keys: int | None = None) -> Mask:
+    """Hugging Face's `attention_mask`: [B, S] of ones and zeros (padding), or [B, T, S] / [B, H, T, S] pairs.
+
+    Args:
+        attention_mask: see above; None for no padding.
+        causal: add the causal condition.
+        q_offset: absolute position of the first query.
+        keys: length of the key buffer; a shorter mask is continued with ones (a causal mask hides what is not filled yet).
+
+    Raises:
+        ValueError: another number of dimensions.
+    """
+    base = Mask(causal=causal, q_offset=q_offset)
+    if attention_mask is None:
+        return base
+    seen = attention_mask if attention_mask.dtype == bool else attention_mask != 0
+    if keys is not None and seen.shape[-1] < keys:
+        seen = jnp.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(0, keys - seen.shape[-1])], constant_values=True)
+    if seen.ndim == 2:
+        return base & Mask(keys=seen)
+    if seen.ndim == 3:
+        return base & Mask(dense=seen[:, None])
+    if seen.ndim == 4:
+        return base & Mask(dense=seen)
+    raise ValueError(f"attention_mask must be [batch, length], [batch, query, key] or [batch, heads, query, key], got shape {seen.shape}")

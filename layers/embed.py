@@ -1,0 +1,42 @@
+"""Look-up tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from formax.core.spec import At, Initializer, Param, Spec
+
+
+def embedding_spec(name: str, rows: int, size: int, *, init: Initializer, axes: tuple[str | None, str | None] = ("vocab", "embed")) -> Spec:
+    """`embedding` (rows, size), stored as `name.weight`."""
+    return At(name, {"embedding": Param((rows, size), axes, "weight", init)})
+
+
+def embed(p: dict[str, Any], ids: jax.Array) -> jax.Array:
+    """Rows of the table: ids [...] -> [..., size]. Ids outside the table give the nearest row, as in any compiled gather."""
+    return jnp.take(p["embedding"], ids, axis=0, mode="clip")
+
+
+def logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The table as a tied output projection: [..., size] -> [..., rows]."""
+    return jnp.einsum("...e,ve->...v", x, p["embedding"].astype(x.dtype))
+
+
+def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, limit: int) -> None:
+    """Refuses inputs that cannot be meant.
+
+    Raises:
+        ValueError: not exactly one of ids [B, T] and vectors [B, T, E] given, another rank, or more than `limit` positions.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds" + (", not both" if input_ids is not None else ""))
+    name, x, rank = ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+    assert x is not None
+    if x.ndim != rank:
+        form = "[batch, length]" if rank == 2 else "[batch, length, size]"
+        raise ValueError(f"{name} must be {form}, got shape {x.shape}")
+    if x.shape[1] > limit:
+        raise ValueError(f"{name} has {x.shape[1]} positions, the model has {limit} (max_position_embeddings); truncate the input")

@@ -1,0 +1,262 @@
+"""Auto classes: from a checkpoint's config.json to the right family and head."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from formax import hub
+from formax.conversion.checkpoint import open_checkpoint
+from formax.conversion.load import LoadReport, load_params
+from formax.core import registry
+from formax.core import spec as specs
+from formax.core.config import Config, ConfigError
+from formax.core.family import Architecture, Family
+from formax.model import Model
+from formax.sharding import DEFAULT_RULES, Rules, shardings
+
+log = logging.getLogger("formax")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not JSON, or not an object; the message names the file.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} holds no {path.name}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
+    return values
+
+
+class AutoConfig:
+    """Configurations by model type."""
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None, **overrides: Any) -> Config:
+        """The configuration of a checkpoint folder or hub repository, with fields replaced by `overrides`.
+
+        Raises:
+            ConfigError: no or broken config.json, no model_type, impossible values.
+            UnknownModelType: a family formax does not have.
+        """
+        folder = hub.snapshot(path_or_repo, ("config.json",), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        return read_config(folder, **overrides)
+
+    @classmethod
+    def for_model(cls, model_type: str, **overrides: Any) -> Config:
+        """The default configuration of a model type, with fields replaced by `overrides`."""
+        found = registry.family(model_type)
+        unknown = [name for name in overrides if not _is_field(found.config, name)]
+        if unknown:
+            found.config().replace(**{unknown[0]: overrides[unknown[0]]})  # raises, naming the nearest fields
+        return found.config.from_dict(overrides, source=f"AutoConfig.for_model({model_type!r})")
+
+
+def _is_field(cls: type[Config], name: str) -> bool:
+    return name in cls.__dataclass_fields__ or name in cls.attribute_map or name in ("num_labels", "torch_dtype", "rope_theta", "rope_scaling")
+
+
+def read_config(folder: Path, **overrides: Any) -> Config:
+    """The configuration in `folder`; see `AutoConfig.from_pretrained`."""
+    values = read_json(folder / "config.json")
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{folder / 'config.json'} has no model_type; it must say which family this is, e.g. \"bert\"")
+    return registry.family(model_type).config.from_dict(values, source=str(folder / "config.json"), **overrides)
+
+
+def load(
+    path_or_repo: str | Path,
+    task: str | None,
+    *,
+    config: Config | Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    mesh: Any = None,
+    rules: Rules = DEFAULT_RULES,
+    key: jax.Array | None = None,
+    strict: bool = True,
+    ignore_mismatched_sizes: bool = False,
+    output_loading_info: bool = False,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    **overrides: Any,
+) -> Any:
+    """`from_pretrained` of all Auto classes.
+
+    Args:
+        path_or_repo: a checkpoint folder, or a hub repository id.
+        task: the Auto class's suffix; None takes the head from config.json.
+        config: a configuration to use instead of the checkpoint's own.
+        dtype: floating-point dtype of the parameters; None or "auto" keeps what is on disk.
+        mesh: a device mesh; every device then reads its own slices alone.
+        rules: logical axis -> mesh axis, see `formax.sharding`.
+        key: random key for parameters that the checkpoint does not hold (a new head).
+        strict: raise on tensors that nothing explains.
+        ignore_mismatched_sizes: initialise parameters of another shape instead of raising.
+        output_loading_info: also return the `LoadReport`.
+        revision: branch, tag or commit on the hub.
+        cache_dir: the hub's cache folder.
+        local_files_only: never ask the hub.
+        token: hub access token.
+        **overrides: configuration fields to replace, such as `num_labels=5`.
+
+    Returns:
+        A `Model`, or (Model, LoadReport).
+
+    Raises:
+        ConfigError, UnknownModelType, CheckpointError, HubError: each names the file and key.
+    """
+    folder = hub.checkpoint(path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+    if config is None:
+        config = read_config(folder, **overrides)
+    elif isinstance(config, Config):
+        config = config.replace(**overrides) if overrides else config
+    else:
+        config = registry.family(config["model_type"]).config.from_dict({**config, **overrides})
+    family = registry.family(config.model_type)
+    architecture = choose(family, config, task)
+    spec = architecture.spec(config)
+    with open_checkpoint(folder) as checkpoint:
+        params, report = load_params(
+            checkpoint,
+            spec,
+            base=family.base,
+            siblings=lambda: {name for other in family.architectures for name in specs.table(other.spec(config)).known_names()},
+            dtype=None if dtype == "auto" else dtype,
+            shardings=None if mesh is None else shardings(spec, mesh, rules),
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            key=key,
+        )
+    _say(architecture, folder, report)
+    model = Model(params, config, architecture, family)
+    return (model, report) if output_loading_info else model
+
+
+def choose(family: Family, config: Config, task: str | None) -> Architecture:
+    """The family's architecture for a task; for None, the one that the configuration names (else the bare model).
+
+    Raises:
+        ConfigError: the family has no such head.
+    """
+    if task is not None:
+        found = family.for_task(task)
+        if found is None:
+            tasks = ", ".join(f"AutoModel{arch.task}" for arch in family.architectures)
+            raise ConfigError(f"{family.model_type} has no head for AutoModel{task}; it has {tasks}")
+        return found
+    for name in config.architectures or ():
+        if (found := family.find(name)) is not None:
+            return found
+    if config.architectures:
+        names = ", ".join(arch.name for arch in family.architectures)
+        raise ConfigError(f"config.json names the architecture {config.architectures[0]!r}, {family.model_type} has {names}; choose one by its Auto class")
+    return family.architectures[0]
+
+
+def _say(architecture: Architecture, folder: Path, report: LoadReport) -> None:
+    """Tells what was not simply read, as log records of the logger "formax"."""
+    if report.initialised:
+        log.warning("%s: %s is not in %s and was initialised; train it before use", architecture.name, _some(report.initialised), folder)
+    if report.mismatched:
+        log.warning("%s: %s has another shape in %s and was initialised", architecture.name, _some(report.mismatched), folder)
+    if report.left_out:
+        log.info("%s: %s in %s is not part of this architecture and was left out", architecture.name, _some(report.left_out), folder)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def from_pretrained(path_or_repo: str | Path, **options: Any) -> Any:
+    """Opens a checkpoint with the head that its config.json names; the options are those of `formax.auto.load`."""
+    return load(path_or_repo, None, **options)
+
+
+class AutoModel:
+    """The bare model of a checkpoint, without a head."""
+
+    task: ClassVar[str] = ""
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, **options: Any) -> Any:
+        """Opens a checkpoint folder or hub repository; the options are those of `formax.auto.load`."""
+        return load(path_or_repo, cls.task, **options)
+
+    @classmethod
+    def from_config(cls, config: Config, *, key: jax.Array, dtype: Any = None, mesh: Any = None, rules: Rules = DEFAULT_RULES) -> Model:
+        """A model with initial parameters.
+
+        Args:
+            config: a family's configuration, e.g. from `AutoConfig.for_model`.
+            key: `jax.random.key(seed)`; every parameter draws from a key of its own.
+            dtype: dtype of the parameters; the configuration's, else float32, by default.
+            mesh: a device mesh; every device then makes its own part alone.
+            rules: logical axis -> mesh axis.
+        """
+        family = registry.family(config.model_type)
+        architecture = choose(family, config, cls.task)
+        places = None if mesh is None else shardings(architecture.spec(config), mesh, rules)
+        return Model.initialise(config, architecture, family, key, dtype, places)
+
+
+class AutoModelForPreTraining(AutoModel):
+    """All objectives that the family was pre-trained with."""
+
+    task = "ForPreTraining"
+
+
+class AutoModelForMaskedLM(AutoModel):
+    """Words in the place of masked ones."""
+
+    task = "ForMaskedLM"
+
+
+class AutoModelForCausalLM(AutoModel):
+    """The next word."""
+
+    task = "ForCausalLM"
+
+
+class AutoModelForNextSentencePrediction(AutoModel):
+    """Whether the second sentence follows the first."""
+
+    task = "ForNextSentencePrediction"
+
+
+class AutoModelForSequenceClassification(AutoModel):
+    """A label for the whole text."""
+
+    task = "ForSequenceClassification"
+
+
+class AutoModelForMultipleChoice(AutoModel):
+    """The best of several continuations."""
+
+    task = "ForMultipleChoice"
+
+
+class AutoModelForTokenClassification(AutoModel):
+    """A label for every token."""
+
+    task = "ForTokenClassification"
+
+
+class AutoModelForQuestionAnswering(AutoModel):
+    """The span of the text that answers a question."""
+
+    task = "ForQuestionAnswering"

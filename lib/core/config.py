@@ -1,0 +1,321 @@
+"""Configurations: frozen, hashable dataclasses with the names and defaults of `config.json`.
+
+A family subclasses `Config`, adds its fields, and may set
+
+- `attribute_map`: names of other frameworks or relatives for its fields ({"n_embd": "hidden_size"});
+- `sub_configs`: fields that are configurations themselves, as {field: class};
+- `implemented`: switches the reference knows, with the values we implement ({"position_embedding_type": ("absolute",)}).
+
+What a `config.json` holds beyond the fields is kept in `extra` and written back; a key that neither we nor the reference
+know is reported once. Values that cannot be right (a negative size, text for a number) raise `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+from formax.core.frozen import FrozenDict, freeze, thaw
+
+log = logging.getLogger("formax")
+
+# Keys of the reference that change nothing we compute: kept and written back without a word.
+INERT = frozenset(
+    """_name_or_path name_or_path transformers_version _commit_hash _attn_implementation attn_implementation
+    _attn_implementation_autoset _attn_implementation_internal attention_implementation torchscript use_bfloat16
+    tf_legacy_loss gradient_checkpointing finetuning_task task_specific_params tokenizer_class prefix return_dict
+    output_past auto_map custom_pipelines model_max_length max_length min_length do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens directionality pooler_fc_size
+    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type cross_attention_hidden_size
+    tie_encoder_decoder use_return_dict is_composition""".split()
+)
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+# A dimension beyond this is a damaged or hostile file, not a model: no array of that size can be indexed in 32 bits.
+MAX_DIMENSION = 2**31 - 1
+MAX_LAYERS = 10_000
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be right; the message names the key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields that every family shares, with the reference's defaults."""
+
+    model_type: ClassVar[str] = ""
+    attribute_map: ClassVar[Mapping[str, str]] = {}
+    sub_configs: ClassVar[Mapping[str, type[Config]]] = {}
+    implemented: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    architectures: tuple[str, ...] | None = None
+    dtype: str | None = None
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    pruned_heads: FrozenDict = field(default_factory=FrozenDict)
+    tie_word_embeddings: bool = True
+    chunk_size_feed_forward: int = 0
+    is_encoder_decoder: bool = False
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    id2label: FrozenDict = field(default_factory=lambda: _label_map(2))
+    label2id: FrozenDict = field(default_factory=lambda: _inverse(_label_map(2)))
+    problem_type: str | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    sep_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    extra: FrozenDict = field(default_factory=FrozenDict, repr=False)
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config", **overrides: Any) -> Self:
+        """Reads the content of a config.json.
+
+        Args:
+            values: the JSON object.
+            source: where it came from, for error messages.
+            **overrides: fields (or names of `attribute_map`, or `num_labels`) that replace what the file says.
+
+        Raises:
+            ConfigError: an impossible value, or a switch whose value is not implemented.
+        """
+        merged = {**cls._named(values), **cls._named(overrides)}
+        named_type = merged.pop("model_type", cls.model_type)
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        known: dict[str, Any] = {}
+        extra: dict[str, Any] = dict(merged.pop("extra", {}))
+        for key, value in merged.items():
+            if key in fields:
+                known[key] = cls.sub_configs[key].from_dict(value, source=f"{source}: {key}") if key in cls.sub_configs and isinstance(value, Mapping) else freeze(value)
+            else:
+                extra[key] = value
+        if named_type != cls.model_type:
+            extra["model_type"] = named_type
+        unknown = sorted(key for key in extra if key not in INERT and key != "model_type" and not key.startswith("_"))
+        if unknown:
+            _report_unknown(cls.__name__, source, tuple(unknown))
+        for key, convert in (("id2label", int), ("pruned_heads", int)):
+            if isinstance(known.get(key), Mapping):
+                known[key] = FrozenDict({convert(k): v for k, v in known[key].items()})
+        try:
+            config = cls(**known, extra=FrozenDict(extra))
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        return config
+
+    @classmethod
+    def _named(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Our field names for the aliases, old and new spellings of the reference; `num_labels` becomes label maps."""
+        out = {cls.attribute_map.get(key, key): value for key, value in values.items()}
+        if "torch_dtype" in out:
+            out.setdefault("dtype", out["torch_dtype"])
+            del out["torch_dtype"]
+        if out.get("dtype") is not None:
+            out["dtype"] = str(out["dtype"]).removeprefix("torch.")
+        if "num_labels" in out:
+            count = out.pop("num_labels")
+            if out.get("id2label") is None or len(out["id2label"]) != count:
+                out["id2label"] = _label_map(count)
+                out["label2id"] = _inverse(out["id2label"])
+        elif out.get("id2label") is not None and out.get("label2id") is None:
+            out["label2id"] = _inverse(out["id2label"])
+        for key in ("id2label", "label2id", "pruned_heads"):
+            if key in out and out[key] is None:
+                del out[key]
+        if "rope_parameters" in {f.name for f in dataclasses.fields(cls)}:
+            out = rope_parameters(out)
+        return out
+
+    # ------------------------------------------------------------------------------------------------------ checks
+
+    def __post_init__(self) -> None:
+        hints = _type_hints(type(self))
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            object.__setattr__(self, f.name, value := freeze(value))
+            if not _fits(value, hints[f.name]):
+                raise ConfigError(f"{f.name} must be {_spell(hints[f.name])}, got {value!r}")
+            _check_size(f.name, value)
+        for key, values in self.implemented.items():
+            value = getattr(self, key, self.extra.get(key, values[0]))
+            if value not in values:
+                options = ", ".join(map(repr, values))
+                raise ConfigError(f"{key}={value!r} is a switch of the reference that formax does not implement; it has {options}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ConfigError(f"problem_type={self.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
+        self.check()
+
+    def check(self) -> None:
+        """What a family demands of its fields together; raises `ConfigError`."""
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of a classification head."""
+        return len(self.id2label)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for names that are no field: aliases first, then what the file held beyond the fields.
+        mapped = type(self).attribute_map.get(name)
+        if mapped is not None:
+            return getattr(self, mapped)
+        extra = self.__dict__.get("extra")
+        if extra is not None and name in extra:
+            return extra[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}{_nearest(name, _type_hints(type(self)))}")
+
+    def __hash__(self) -> int:
+        # A configuration is hashed at every call of a model, and never changes.
+        cached = self.__dict__.get("_hash")
+        if cached is None:
+            cached = hash(tuple(getattr(self, f.name) for f in dataclasses.fields(self)))
+            object.__setattr__(self, "_hash", cached)
+        return cached
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, by field name, alias or `num_labels`; a name nobody knows is an error."""
+        named = self._named(changes)
+        fields = {f.name for f in dataclasses.fields(self)}
+        for key in named:
+            if key not in fields:
+                raise ConfigError(f"{type(self).__name__} has no field {key!r}{_nearest(key, fields)}")
+        return dataclasses.replace(self, **named)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json: the family's own fields, the shared ones that differ, and `extra`."""
+        shared = {f.name for f in dataclasses.fields(Config)}
+        default = type(self)()
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "extra" or (f.name in shared and value == getattr(default, f.name) and f.name not in _own(type(self))):
+                continue
+            out[f.name] = value.to_dict() if isinstance(value, Config) else thaw(value)
+        out["model_type"] = self.model_type
+        out |= thaw(self.extra)
+        if "rope_parameters" in out:
+            out |= v4_rope(out.pop("rope_parameters"))
+        return dict(sorted(out.items()))
+
+
+# Dataclass decorators of subclasses would put a field-by-field hash in the place of the cached one.
+def config(cls: type[Any]) -> type[Any]:
+    """Class decorator of a family's configuration: a frozen, keyword-only dataclass that keeps `Config`'s cached hash."""
+    made = dataclass(frozen=True, kw_only=True)(cls)
+    made.__hash__ = Config.__hash__  # type: ignore[method-assign]
+    return made
+
+
+def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one form: `rope_parameters` with `rope_type` and `rope_theta`, whatever the file's age.
+
+    Version 4 of the reference wrote `rope_theta` beside `rope_scaling` (whose kind was called `type` before
+    `rope_type`); version 5 writes `rope_parameters`, or one such object for each kind of layer.
+    """
+    out = dict(values)
+    theta, scaling = out.pop("rope_theta", None), out.pop("rope_scaling", None)
+    new = out.get("rope_parameters")
+    if new is None and theta is None and scaling is None:
+        out.pop("rope_parameters", None)
+        return out
+    merged = dict(scaling or {}) if new is None else dict(new)
+    if any(isinstance(value, Mapping) for value in merged.values()):
+        return out  # one object for each kind of layer: already the new form
+    if theta is not None:
+        merged.setdefault("rope_theta", theta)
+    kind = merged.pop("type", None)
+    merged.setdefault("rope_type", kind or "default")
+    out["rope_parameters"] = merged
+    return out
+
+
+def v4_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` as version 4 writes it, which version 5 reads as well."""
+    if any(isinstance(value, Mapping) for value in parameters.values()):
+        return {"rope_parameters": dict(parameters)}
+    rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    out: dict[str, Any] = {"rope_scaling": None if rest.get("rope_type", "default") == "default" else rest}
+    if "rope_theta" in parameters:
+        out["rope_theta"] = parameters["rope_theta"]
+    return out
+
+
+def _label_map(count: int) -> FrozenDict:
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 10_000_000:
+        raise ConfigError(f"num_labels must be a number of classes, got {count!r}")
+    return FrozenDict({i: f"LABEL_{i}" for i in range(count)})
+
+
+def _inverse(labels: Mapping[Any, str]) -> FrozenDict:
+    return FrozenDict({label: int(i) for i, label in labels.items()})
+
+
+def _own(cls: type[Config]) -> set[str]:
+    """Shared fields that a family declares again (with another default): it writes them always, as the reference does."""
+    return {name for base in cls.__mro__[: cls.__mro__.index(Config)] for name in vars(base).get("__annotations__", {})}
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f"; the nearest are {', '.join(near)}" if near else ""
+
+
+@lru_cache(maxsize=256)
+def _report_unknown(cls: str, source: str, names: tuple[str, ...]) -> None:
+    log.warning("%s: %s does not know %s; kept as given and written back", source, cls, ", ".join(names))
+
+
+@lru_cache(maxsize=1024)
+def _type_hints(cls: type[Config]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "").replace("formax.core.frozen.", "")
+
+
+def _check_size(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return
+    if abs(value) > MAX_DIMENSION:
+        raise ConfigError(f"{name}={value} is larger than any array can be ({MAX_DIMENSION})")
+    if name.startswith("num_") or name.endswith(("_size", "_dim", "_heads", "_layers")):
+        limit = MAX_LAYERS if name.endswith("_layers") else MAX_DIMENSION
+        if not 0 <= value <= limit:
+            raise ConfigError(f"{name}={value} is out of range, 0 to {limit}")

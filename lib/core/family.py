@@ -1,0 +1,58 @@
+"""What a family file says about itself: its configuration and its table of architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from formax.core.config import Config
+from formax.core.outputs import Output
+from formax.core.spec import Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model class of the reference: what exists, what is computed, and which Auto class finds it.
+
+    Attributes:
+        name: as `architectures` in config.json has it, e.g. "BertForMaskedLM".
+        task: the Auto class's name after "AutoModel": "" for the bare model, "ForMaskedLM", ...
+        spec: `spec(config)` declares the parameters.
+        apply: `apply(params, config, **inputs, key=None)` computes the output.
+    """
+
+    name: str
+    task: str
+    spec: Callable[[Any], Spec]
+    apply: Callable[..., Output]
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A model type with all its architectures.
+
+    Attributes:
+        model_type: as config.json has it.
+        config: the configuration class.
+        base: checkpoint prefix of the bare model inside the architectures with heads, e.g. "bert".
+        inputs: the function whose parameters name what models of this family are called with.
+        architectures: the bare model first.
+        init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode.
+    """
+
+    model_type: str
+    config: type[Config]
+    base: str
+    inputs: Callable[..., Any]
+    architectures: tuple[Architecture, ...]
+    init_cache: Callable[..., Any] | None = None
+
+    def find(self, name: str) -> Architecture | None:
+        """The architecture of that name, without the "TF" or "Flax" that other frameworks put before it."""
+        plain = name.removeprefix("TF").removeprefix("Flax")
+        return next((arch for arch in self.architectures if arch.name == plain), None)
+
+    def for_task(self, task: str) -> Architecture | None:
+        """The first architecture of that task."""
+        return next((arch for arch in self.architectures if arch.task == task), None)

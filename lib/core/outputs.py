@@ -1,0 +1,101 @@
+"""What models return: frozen pytree dataclasses with Hugging Face's field names.
+
+A field is read as an attribute (`out.logits`), by name (`out["logits"]`) or by position among the fields that are not
+None (`out[0]`), as users of transformers expect. Shapes use B batch, T length, H hidden size, V vocabulary, N heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+
+Array = jax.Array
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def output(cls: type[T]) -> type[T]:
+    """Makes `cls` a frozen dataclass and a pytree whose children are all its fields."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    return jax.tree_util.register_dataclass(made)  # type: ignore[return-value]
+
+
+class Output:
+    """Access by name, position and iteration over the fields that are set."""
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """(name, value) of the fields that are not None, in order."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if value is not None:
+                yield field.name, value
+
+    def keys(self) -> list[str]:
+        """Names of the fields that are not None."""
+        return [name for name, _ in self.items()]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """Values of the fields that are not None."""
+        return tuple(value for _, value in self.items())
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            found = dict(self.items())
+            if key not in found:
+                raise KeyError(f"{key!r} is not set; this {type(self).__name__} has {', '.join(found)}")
+            return found[key]
+        return self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@output
+class BaseModelOutput(Output):
+    """Encoder states: `last_hidden_state` [B, T, H]; the rest when asked for."""
+
+    last_hidden_state: Array
+    pooler_output: Array | None = None
+    cache: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class LogitsOutput(Output):
+    """`logits` of a head: [B, T, V] for language models, [B, labels] for classifiers, [B, T, labels] for taggers."""
+
+    logits: Array
+    cache: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class PreTrainingOutput(Output):
+    """BERT's two objectives: `prediction_logits` [B, T, V] and `seq_relationship_logits` [B, 2]."""
+
+    prediction_logits: Array
+    seq_relationship_logits: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class QuestionAnsweringOutput(Output):
+    """`start_logits` and `end_logits` [B, T] of the answer span."""
+
+    start_logits: Array
+    end_logits: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None

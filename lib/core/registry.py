@@ -1,0 +1,56 @@
+"""Which families there are: a literal table, also the index page; modules are imported when first used."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from formax.core.family import Family
+
+MODULES = {
+    "bert": "formax.models.text.bert",
+}
+
+# Model types of checkpoints (or names of families) that are another family under a different tokenizer.
+ALIASES = {
+    "bert-japanese": "bert",
+    "herbert": "bert",
+}
+
+_registered: dict[str, Family] = {}
+
+
+class UnknownModelType(ValueError):
+    """No family of that name; the message names the nearest ones."""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def model_types() -> list[str]:
+    """Every model type that `family` knows, aliases included."""
+    return sorted({*MODULES, *ALIASES, *_registered})
+
+
+def register(family: Family) -> None:
+    """Adds a user's own family, found by its model type from then on (replacing one of that name)."""
+    _registered[_plain(family.model_type)] = family
+
+
+def family(model_type: str) -> Family:
+    """The family of a model type.
+
+    Raises:
+        UnknownModelType: naming the nearest ones there are.
+    """
+    name = _plain(model_type)
+    if name in _registered:
+        return _registered[name]
+    known = {_plain(key): key for key in MODULES}
+    name = {_plain(key): _plain(value) for key, value in ALIASES.items()}.get(name, name)
+    if name not in known:
+        near = difflib.get_close_matches(name, [_plain(key) for key in model_types()], n=3, cutoff=0.5)
+        hint = f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(model_types())}"
+        raise UnknownModelType(f"formax has no model_type {model_type!r}{hint}")
+    return importlib.import_module(MODULES[known[name]]).FAMILY

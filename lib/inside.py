@@ -1,0 +1,60 @@
+"""Looking into a model and changing what happens inside: `capture`, `intervene`, `places`.
+
+Places are dotted names that are the same in every family ("layers.3.attn.weights", "layers.*.mlp.out", "embed.out");
+`places` lists those of a model. `*` stands for one part of a name, `**` for any number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from formax.core.tap import Intervention
+from formax.model import Model
+
+
+def capture(model: Model, *patterns: str) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """A function that calls the model and also returns inner values.
+
+        out, seen = formax.capture(model, "layers.*.attn.weights")(input_ids=ids)
+        seen["layers.0.attn.weights"]                   # [B, H, T, S]
+
+    The call is compiled as the model's own is, once for each set of patterns and shapes, and can be differentiated.
+
+    Raises:
+        ValueError: (on the call) a pattern matches nothing, naming what there is.
+    """
+    if not patterns:
+        raise ValueError('capture needs at least one pattern, such as "layers.*.out"; formax.places(model, ...) lists them')
+
+    def call(
+        input_ids: Any = None, attention_mask: Any = None, *, key: jax.Array | None = None, head_mask: Any = None, **inputs: Any
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        return model.run(given, patterns=patterns, key=key, head_mask=head_mask)
+
+    return call
+
+
+def intervene(model: Model, changes: Mapping[str, Callable[[jax.Array], jax.Array]]) -> Model:
+    """A model whose inner values are replaced while it runs: {pattern: function of the value}.
+
+        formax.intervene(model, {"layers.5.mlp.out": lambda x: 0 * x})(input_ids=ids)
+
+    The functions must keep the shape and be traceable by JAX; they may close over arrays, for activation patching. A
+    function is compiled into the program, so use one function object for many calls rather than a new one for each.
+
+    Raises:
+        ValueError: (on the call) a pattern matches nothing, or a function changes a shape.
+    """
+    more = tuple(Intervention(pattern, change) for pattern, change in changes.items())
+    return replace(model, interventions=(*model.interventions, *more))
+
+
+def places(model: Model, **inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """All places of a forward pass with these inputs and the shapes found there; nothing is computed."""
+    _, seen = jax.eval_shape(lambda m, given: m.run(given, patterns=("**",)), model, inputs)
+    return seen

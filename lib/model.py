@@ -1,0 +1,305 @@
+"""`Model`: parameters, configuration and architecture in one object that is a pytree.
+
+Outside a trace a call goes through one compiled program for each set of shapes; inside a trace (`jax.jit`, `jax.grad`,
+`jax.vmap`) it is the plain function. Gradients with respect to a model are a model:
+
+    grads = jax.grad(lambda m: loss(m(input_ids=ids).logits))(model)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from formax.core import spec as specs
+from formax.core.config import Config
+from formax.core.family import Architecture, Family
+from formax.core.spec import Tree
+from formax.core.tap import Intervention, watch
+
+# Output fields that are collected at taps: field -> (switch of the call, patterns in the order of the field).
+COLLECTED = {
+    "hidden_states": ("output_hidden_states", ("embed.out", "layers.*.out")),
+    "attentions": ("output_attentions", ("layers.*.attn.weights",)),
+    "cross_attentions": ("output_attentions", ("layers.*.cross.weights",)),
+}
+HEAD_MASKED = ("layers.*.attn.weights", "layers.*.cross.weights")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A family's architecture with its parameters.
+
+    Attributes:
+        params: nested dicts and tuples of arrays.
+        config: the family's configuration.
+        architecture: what is computed.
+        family: where it belongs.
+        interventions: changes of inner values in force (`formax.intervene`).
+    """
+
+    params: Tree
+    config: Config
+    architecture: Architecture
+    family: Family
+    interventions: tuple[Intervention, ...] = ()
+
+    # -------------------------------------------------------------------------------------------------------- calling
+
+    def __call__(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *,
+        key: jax.Array | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        head_mask: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """Runs the model.
+
+        Args:
+            input_ids: token ids [B, T].
+            attention_mask: [B, T], 1 where there is a token and 0 where there is padding.
+            key: a `jax.random.key`; given, dropout is on.
+            output_hidden_states: also return the states after the embeddings and after every layer.
+            output_attentions: also return the attention weights [B, H, T, S] of every layer.
+            head_mask: [heads] or [layers, heads]; factors on the attention weights.
+            **inputs: the family's other inputs.
+
+        Returns:
+            The architecture's output, a frozen dataclass.
+        """
+        out, _ = self.run(
+            {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
+            key=key,
+            head_mask=head_mask,
+            output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+        )
+        return out
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        patterns: tuple[str, ...] = (),
+        key: jax.Array | None = None,
+        head_mask: Any = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[Any, dict[str, Any]]:
+        """The call behind `__call__` and `formax.capture`: (output, {place: value} of all places that match `patterns`)."""
+        arrays, static = self._sort_inputs(inputs)
+        wanted = tuple(
+            name
+            for name, (switch, _) in COLLECTED.items()
+            if {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}[switch]
+        )
+        if head_mask is not None:
+            head_mask = jnp.asarray(head_mask, jnp.float32)
+        arguments = (self, arrays, key, head_mask, tuple(static.items()), wanted, patterns)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, head_mask)))
+        return _forward(*arguments) if traced else _compiled_forward(*arguments)
+
+    def _sort_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Splits inputs into arrays and static switches; refuses names the family does not have and ids off the table."""
+        known = _input_names(self.family.inputs)
+        arrays: dict[str, Any] = {}
+        static: dict[str, Any] = {}
+        for name, value in inputs.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=2)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(known)}"
+                raise TypeError(f"{self.architecture.name} takes no input {name!r}; {hint}")
+            if value is None:
+                continue
+            if isinstance(value, bool | str):
+                static[name] = value
+            elif isinstance(value, np.ndarray | list | tuple) and not _is_tree(value):
+                arrays[name] = jnp.asarray(_checked(self, name, np.asarray(value)))
+            else:
+                arrays[name] = value
+        return arrays, static
+
+    def init_cache(self, batch: int, length: int, encoder_length: int = 0, dtype: Any = jnp.float32) -> Any:
+        """Empty caches for decoding: room for `length` positions, and for an encoder's states where there is one.
+
+        Raises:
+            TypeError: the family does not decode.
+        """
+        if self.family.init_cache is None:
+            raise TypeError(f"{self.architecture.name} does not decode step by step, so it has no cache")
+        return self.family.init_cache(self.config, batch, length, encoder_length, dtype)
+
+    # ------------------------------------------------------------------------------------------------------- changing
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with another `params`, `config`, ..."""
+        return replace(self, **changes)
+
+    def astype(self, dtype: Any) -> Self:
+        """A copy with floating-point parameters in `dtype` (a JAX dtype or its name, "bfloat16")."""
+        to = jnp.dtype(dtype)
+        params = jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, self.params)
+        return replace(self, params=params, config=self.config.replace(dtype=to.name))
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """Number of scalars in the tree (tied weights once); without buffers if `only_trainable`."""
+        entries = specs.table(self.spec).entries
+        leaves = specs.flatten(self.params)
+        return sum(int(np.prod(leaves[e.path].shape)) for e in entries if not (only_trainable and e.param.buffer))
+
+    @property
+    def spec(self) -> specs.Spec:
+        """The declaration of this model's parameters."""
+        return self.architecture.spec(self.config)
+
+    def describe(self) -> str:
+        """The parameter table: path, shape, dtype, logical axes, checkpoint name."""
+        return specs.describe(self.spec, self.params)
+
+    def resize_token_embeddings(self, size: int, *, key: jax.Array | None = None) -> Self:
+        """A copy with a vocabulary of `size`: old rows kept, new ones drawn around the mean of the old.
+
+        New rows start at the average of the old rows plus a hundredth of their spread (Hewitt 2021, "Initializing new word
+        embeddings"), new entries of output biases at their mean; every parameter with a vocabulary axis follows.
+
+        Args:
+            size: the new number of tokens.
+            key: random key for the new rows; `jax.random.key(0)` by default.
+        """
+        old = self.config.vocab_size  # type: ignore[attr-defined]
+        if size < 1:
+            raise ValueError(f"a vocabulary needs at least one token, got {size}")
+        key = jax.random.key(0) if key is None else key
+        config = self.config.replace(vocab_size=size)
+        leaves = specs.flatten(self.params)
+        for entry in specs.table(self.spec).entries:
+            if "vocab" in entry.param.axes:
+                axis = entry.param.axes.index("vocab")
+                leaf = leaves[entry.path]
+                if leaf.shape[axis] != old:
+                    raise ValueError(f"{entry.key} has {leaf.shape[axis]} tokens along axis {axis}, the configuration {old}")
+                leaves[entry.path] = _resized(leaf, axis, size, specs.rng.fold_path(key, entry.key))
+        return replace(self, params=specs.unflatten(leaves), config=config)
+
+    def prune_heads(self, heads: Mapping[int, Sequence[int]]) -> Self:
+        """A copy without the given attention heads ({layer: heads}), smaller in parameters and computation.
+
+        Head numbers are those of the unpruned model, also for a model that is pruned already.
+        """
+        from formax.surgery import prune_heads
+
+        return replace(self, **prune_heads(self.params, self.config, heads))
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> list[Path]:
+        """Writes config.json and safetensors that transformers opens, bit for bit.
+
+        The directory is replaced file by file once everything is written: a save that dies leaves the old checkpoint.
+
+        Args:
+            directory: made when missing.
+            max_shard_size: bytes, or text such as "5GB"; more than this is split into numbered files with an index.
+
+        Returns:
+            The files written.
+        """
+        from formax.saving import save
+
+        return save(self, Path(directory), max_shard_size)
+
+    def __repr__(self) -> str:
+        return f"{self.architecture.name}({self.num_parameters():,} parameters)"
+
+    # ----------------------------------------------------------------------------------------------- made by Auto classes
+
+    @classmethod
+    def initialise(cls, config: Config, architecture: Architecture, family: Family, key: jax.Array, dtype: Any = None, shardings: Tree | None = None) -> Self:
+        """A model with initial parameters."""
+        made = specs.init(architecture.spec(config), key, jnp.dtype(dtype or config.dtype or jnp.float32), shardings)
+        return cls(made, config, architecture, family)
+
+
+jax.tree_util.register_dataclass(Model, data_fields=["params"], meta_fields=["config", "architecture", "family", "interventions"])
+
+
+def _forward(
+    model: Model,
+    arrays: dict[str, Any],
+    key: jax.Array | None,
+    head_mask: jax.Array | None,
+    static: tuple[tuple[str, Any], ...],
+    wanted: tuple[str, ...],
+    patterns: tuple[str, ...],
+) -> tuple[Any, dict[str, Any]]:
+    """The forward pass with its taps watched."""
+    places = {name: COLLECTED[name][1] for name in wanted}
+    interventions = model.interventions
+    if head_mask is not None:
+        if head_mask.ndim not in (1, 2):
+            raise ValueError(f"head_mask must be [heads] or [layers, heads], got shape {head_mask.shape}")
+
+        def masked(weights: jax.Array, layer: Any) -> jax.Array:
+            factors = head_mask if head_mask.ndim == 1 else head_mask[layer]
+            return weights * factors[None, :, None, None].astype(weights.dtype)
+
+        interventions += tuple(Intervention(pattern, masked, indexed=True, required=False) for pattern in HEAD_MASKED)
+    optional = tuple(pattern for found in places.values() for pattern in found)
+    with watch(patterns, interventions, optional=optional) as seen:
+        arguments = {**arrays, **dict(static)}
+        if key is not None:
+            arguments["key"] = key
+        out = model.architecture.apply(model.params, model.config, **arguments)
+    collected = {name: tuple(seen.find(found).values()) for name, found in places.items()}
+    out = replace(out, **{name: values for name, values in collected.items() if values})
+    return out, seen.find(patterns)
+
+
+_compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6))
+
+
+@lru_cache(maxsize=512)
+def _input_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What a forward function takes beside its parameters, its configuration and its key."""
+    names = list(inspect.signature(function).parameters)[2:]
+    return tuple(name for name in names if name != "key")
+
+
+def _is_tree(value: Any) -> bool:
+    """Whether a list or tuple holds arrays or nodes (a cache), rather than numbers."""
+    return isinstance(value, list | tuple) and any(not isinstance(leaf, int | float | bool) for leaf in jax.tree.leaves(value))
+
+
+def _checked(model: Model, name: str, value: np.ndarray) -> np.ndarray:
+    """Numbers from the host, ids inside the vocabulary: a compiled look-up would clip them in silence."""
+    if value.dtype == object or value.dtype.kind in "USO":
+        raise ValueError(f"{name} is not a rectangular array of numbers; pad the rows to one length")
+    limit = getattr(model.config, {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}.get(name, ""), None)
+    if limit is not None and value.size and (value.min() < 0 or value.max() >= limit):
+        raise ValueError(f"{name} holds {value.min()} to {value.max()}, outside the table of {limit} rows")
+    return value.astype(np.int32) if value.dtype == np.int64 else value
+
+
+def _resized(leaf: jax.Array, axis: int, size: int, key: jax.Array) -> jax.Array:
+    old = leaf.shape[axis]
+    kept = jax.lax.slice_in_dim(leaf, 0, min(old, size), axis=axis)
+    if size <= old:
+        return kept
+    shape = list(leaf.shape)
+    shape[axis] = size - old
+    mean, spread = leaf.mean(axis, keepdims=True), leaf.std(axis, keepdims=True) if leaf.ndim > 1 else 0.0
+    new = mean + 0.01 * spread * jax.random.normal(key, shape, jnp.float32)
+    return jnp.concatenate([kept, new.astype(leaf.dtype)], axis=axis)

@@ -1,0 +1,92 @@
+"""Logical axes -> mesh axes: declared once for every family.
+
+Parameters name their dimensions ("embed", "heads", "mlp", ...); an ordered list of rules says on which mesh axis each is
+split. A dimension whose mesh axis is taken already, missing from the mesh, or does not divide its size stays whole, and
+`report` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from formax.core import spec as specs
+from formax.core.spec import Spec, Tree
+
+Rules = Sequence[tuple[str, str | tuple[str, ...]]]
+
+# Weights are split along the model's inner axes over "tensor", and along what is left over "fsdp".
+DEFAULT_RULES: Rules = (
+    ("experts", "expert"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("conv_out", "tensor"),
+    ("conv_in", "fsdp"),
+    ("state", "tensor"),
+)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one parameter is split, and why some dimension is not."""
+
+    key: str
+    shape: tuple[int, ...]
+    partition: PartitionSpec
+    remarks: tuple[str, ...]
+
+
+def placements(spec: Spec, mesh: Any, rules: Rules = DEFAULT_RULES) -> list[Placement]:
+    """One `Placement` a parameter; `mesh` is a `Mesh` or an `AbstractMesh`."""
+    sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
+    return [_place(entry, sizes, rules) for entry in specs.table(spec).entries]
+
+
+def _place(entry: specs.Entry, sizes: dict[str, int], rules: Rules) -> Placement:
+    parts: list[Any] = [None] * len(entry.param.shape)
+    remarks: list[str] = []
+    taken: set[str] = set()
+    for logical, target in rules:
+        names = (target,) if isinstance(target, str) else tuple(target)
+        for i, axis in enumerate(entry.param.axes):
+            if axis != logical or parts[i] is not None or not all(name in sizes for name in names):
+                continue
+            ways = math.prod(sizes[name] for name in names)
+            if taken & set(names):
+                remarks.append(f"{axis} is whole: mesh axis {target} is taken by another dimension")
+            elif entry.param.shape[i] % ways:
+                remarks.append(f"{axis} is whole: {entry.param.shape[i]} is no multiple of {ways} ({target})")
+            else:
+                parts[i] = target
+                taken |= set(names)
+    return Placement(entry.key, entry.param.shape, PartitionSpec(*parts), tuple(remarks))
+
+
+def shardings(spec: Spec, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:
+    """The parameter tree with a `NamedSharding` at every leaf."""
+    found = placements(spec, mesh, rules)
+    entries = specs.table(spec).entries
+    return specs.unflatten({e.path: NamedSharding(mesh, p.partition) for e, p in zip(entries, found, strict=True)})
+
+
+def report(spec: Spec, mesh: Any, rules: Rules = DEFAULT_RULES) -> str:
+    """What is split where, and what stayed whole and why, as text."""
+    lines = []
+    for place in placements(spec, mesh, rules):
+        shape = " x ".join(map(str, place.shape))
+        lines.append(f"{place.key}  {shape}  {tuple(place.partition)}" + "".join(f"\n    {remark}" for remark in place.remarks))
+    return "\n".join(lines)
+
+
+def make_mesh(**axes: int) -> Mesh:
+    """A device mesh with automatic axes: `make_mesh(fsdp=4, tensor=2)`."""
+    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
