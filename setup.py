@@ -8,15 +8,17 @@ from setuptools import find_packages, setup
 
 FOLDERS = {
     "formax": "lib",
+    "formax.conversion": "conversion",
     "formax.layers": "layers",
     "formax.models": "models",
-    "formax.conversion": "conversion",
     "formax.training": "training",
 }
 
 
 def packages() -> list[str]:
-    return [name for root, folder in FOLDERS.items() for name in (root, *(f"{root}.{sub}" for sub in find_packages(folder)))]
+    """Names every package under the mapped folders, the mapped ones included."""
+    below = [f"{root}.{package}" for root, folder in FOLDERS.items() for package in find_packages(folder)]
+    return [*FOLDERS, *below]
 
 
 setup(packages=packages(), package_dir=FOLDERS)

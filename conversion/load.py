@@ -1,7 +1,7 @@
 """From checkpoint files to a parameter tree and back, by the spec alone.
 
-Everything is checked against the files' headers before a single tensor is read: a checkpoint that does not fit fails with
-nothing allocated. Tensors are then read one by one, each straight to its place on its devices.
+Everything is checked against the files' headers before a single tensor is read: a checkpoint that does not fit fails
+with nothing allocated. Tensors are then read one by one, each straight to its place on its devices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from formax.conversion.checkpoint import Checkpoint, CheckpointError
 from formax.core import spec as specs
+from formax.core.layout import Part, Stacked
 from formax.core.spec import Entry, Spec, Tree
 
 
@@ -73,7 +74,9 @@ def load_params(
     table = specs.table(spec)
     plan = _plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
     places = {} if shardings is None else specs.flatten(shardings)
-    leaves = {entry.path: _read(checkpoint, entry, name, dtype, places.get(entry.path)) for entry, name in plan.found.items()}
+    leaves = {
+        entry.path: _read(checkpoint, entry, name, dtype, places.get(entry.path)) for entry, name in plan.found.items()
+    }
     if plan.fresh:
         fill = dtype or next((leaf.dtype for leaf in leaves.values()), jnp.float32)
         key = jax.random.key(0) if key is None else key
@@ -82,7 +85,12 @@ def load_params(
 
 
 def _plan(
-    checkpoint: Checkpoint, table: specs.Table, base: str, siblings: Callable[[], set[str]], strict: bool, ignore_mismatched: bool
+    checkpoint: Checkpoint,
+    table: specs.Table,
+    base: str,
+    siblings: Callable[[], set[str]],
+    strict: bool,
+    ignore_mismatched: bool,
 ) -> _Plan:
     """Decides for every leaf where it comes from, and refuses what does not fit."""
     rename = _base_renaming(checkpoint, table, base)
@@ -110,7 +118,11 @@ def _plan(
     left_out: list[str] = []
     if rest:
         others = siblings()
-        others |= {f"{base}.{name}" for name in others} | {name.removeprefix(f"{base}.") for name in others} if base else set()
+        others |= (
+            {f"{base}.{name}" for name in others} | {name.removeprefix(f"{base}.") for name in others}
+            if base
+            else set()
+        )
         left_out = [name for name in rest if name in others]
         rest = [name for name in rest if name not in others]
     if missing or (rest and strict):
@@ -145,9 +157,9 @@ def _misfit(checkpoint: Checkpoint, entry: Entry, name: str) -> str | None:
     for one in entry.param.layout.names(name):
         info = checkpoint[one]
         if info.shape != entry.stored_shape:
-            return f"{info.file}: {one!r} has shape {info.shape}, the configuration asks for {entry.stored_shape} ({entry.key})"
+            return f"{info.file}: {one!r} has shape {info.shape}, the configuration asks for {entry.stored_shape}"
         if not jnp.issubdtype(info.dtype, jnp.floating):
-            return f"{info.file}: {one!r} has dtype {info.dtype}, a floating-point one is needed ({entry.key})"
+            return f"{info.file}: {one!r} has dtype {info.dtype}, a floating-point one is needed"
     return None
 
 
@@ -180,7 +192,9 @@ def _read(checkpoint: Checkpoint, entry: Entry, name: str, dtype: Any, sharding:
         # A strided view goes to the runtime as it is: its blocked transpose is several times faster than NumPy's.
         leaf = jax.device_put(part(everything), may_alias=False)
     else:
-        leaf = jax.make_array_from_callback(shape, sharding, lambda index: np.ascontiguousarray(part(index or everything)))
+        leaf = jax.make_array_from_callback(
+            shape, sharding, lambda index: np.ascontiguousarray(part(index or everything))
+        )
     leaf.block_until_ready()
     for one in layout.names(name):
         checkpoint.release(one)
@@ -207,20 +221,25 @@ def stored_tensors(spec: Spec, params: Tree) -> tuple[dict[str, Stored], Callabl
         if entry.path not in leaves:
             raise ValueError(f"the parameters lack {entry.key}, which the configuration declares")
         if tuple(leaves[entry.path].shape) != entry.param.shape:
-            raise ValueError(f"{entry.key} has shape {tuple(leaves[entry.path].shape)}, the configuration declares {entry.param.shape}")
+            shape = tuple(leaves[entry.path].shape)
+            raise ValueError(f"{entry.key} has shape {shape}, the configuration declares {entry.param.shape}")
     undeclared = leaves.keys() - {entry.path for entry in table.entries}
     if undeclared:
-        raise ValueError(f"{specs.dotted(min(undeclared, key=str))} is no parameter of this configuration; it would be lost")
+        raise ValueError(
+            f"{specs.dotted(min(undeclared, key=str))} is no parameter of this configuration; it would be lost"
+        )
     holders = table.stored()
-    tensors = {name: Stored(held[0].stored_shape, np.dtype(leaves[held[0].path].dtype)) for name, held in holders.items()}
+    tensors = {
+        name: Stored(held[0].stored_shape, np.dtype(leaves[held[0].path].dtype)) for name, held in holders.items()
+    }
 
     def fetch(name: str) -> np.ndarray:
         held = holders[name]
         layout = held[0].param.layout
         arrays = [np.asarray(leaves[entry.path]) for entry in held]
-        if isinstance(layout, specs.Part):
+        if isinstance(layout, Part):
             return np.ascontiguousarray(layout.join(arrays))
-        if isinstance(layout, specs.Stacked):
+        if isinstance(layout, Stacked):
             return np.ascontiguousarray(layout.then.store(arrays[0][held[0].stored_names.index(name)]))
         return np.ascontiguousarray(layout.store(arrays[0]))
 

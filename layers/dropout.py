@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); `x` itself when `key` is None."""
+    """Zeroes each element with probability `rate`, scales the rest by 1 / (1 - rate); `x` itself when `key` is None."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

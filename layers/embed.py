@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from formax.core.spec import At, Initializer, Param, Spec
 
 
-def embedding_spec(name: str, rows: int, size: int, *, init: Initializer, axes: tuple[str | None, str | None] = ("vocab", "embed")) -> Spec:
+def embedding_spec(
+    name: str, rows: int, size: int, *, init: Initializer, axes: tuple[str | None, str | None] = ("vocab", "embed")
+) -> Spec:
     """`embedding` (rows, size), stored as `name.weight`."""
     return At(name, {"embedding": Param((rows, size), axes, "weight", init)})
 
 
 def embed(p: dict[str, Any], ids: jax.Array) -> jax.Array:
-    """Rows of the table: ids [...] -> [..., size]. Ids outside the table give the nearest row, as in any compiled gather."""
+    """Rows of the table: ids [...] -> [..., size]. Ids outside the table give the nearest row."""
     return jnp.take(p["embedding"], ids, axis=0, mode="clip")
 
 
@@ -29,7 +31,7 @@ def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, l
     """Refuses inputs that cannot be meant.
 
     Raises:
-        ValueError: not exactly one of ids [B, T] and vectors [B, T, E] given, another rank, or more than `limit` positions.
+        ValueError: not exactly one of ids [B, T] and vectors [B, T, E], another rank, or more than `limit` positions.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds" + (", not both" if input_ids is not None else ""))
@@ -39,4 +41,6 @@ def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, l
         form = "[batch, length]" if rank == 2 else "[batch, length, size]"
         raise ValueError(f"{name} must be {form}, got shape {x.shape}")
     if x.shape[1] > limit:
-        raise ValueError(f"{name} has {x.shape[1]} positions, the model has {limit} (max_position_embeddings); truncate the input")
+        raise ValueError(
+            f"{name} has {x.shape[1]} positions, the model has {limit} (max_position_embeddings); truncate the input"
+        )

@@ -12,7 +12,9 @@ from formax.layers.activations import activation
 from formax.layers.linear import linear, linear_spec
 
 
-def dense_spec(size: int, inner: int, *, names: tuple[str, str], init: Initializer, bias: bool = True) -> dict[str, Spec]:
+def dense_spec(
+    size: int, inner: int, names: tuple[str, str], *, init: Initializer, bias: bool = True
+) -> dict[str, Spec]:
     """`up` (size -> inner) and `down` (inner -> size), stored under the two `names`."""
     return {
         "up": linear_spec(names[0], size, inner, ("embed", "mlp"), init=init, bias=bias),

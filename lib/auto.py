@@ -44,14 +44,30 @@ class AutoConfig:
     """Configurations by model type."""
 
     @classmethod
-    def from_pretrained(cls, path_or_repo: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None, local_files_only: bool = False, token: str | bool | None = None, **overrides: Any) -> Config:
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **overrides: Any,
+    ) -> Config:
         """The configuration of a checkpoint folder or hub repository, with fields replaced by `overrides`.
 
         Raises:
             ConfigError: no or broken config.json, no model_type, impossible values.
-            UnknownModelType: a family formax does not have.
+            UnknownModelTypeError: a family formax does not have.
         """
-        folder = hub.snapshot(path_or_repo, ("config.json",), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+        folder = hub.snapshot(
+            path_or_repo,
+            ("config.json",),
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
         return read_config(folder, **overrides)
 
     @classmethod
@@ -65,7 +81,11 @@ class AutoConfig:
 
 
 def _is_field(cls: type[Config], name: str) -> bool:
-    return name in cls.__dataclass_fields__ or name in cls.attribute_map or name in ("num_labels", "torch_dtype", "rope_theta", "rope_scaling")
+    return (
+        name in cls.__dataclass_fields__
+        or name in cls.attribute_map
+        or name in ("num_labels", "torch_dtype", "rope_theta", "rope_scaling")
+    )
 
 
 def read_config(folder: Path, **overrides: Any) -> Config:
@@ -73,7 +93,7 @@ def read_config(folder: Path, **overrides: Any) -> Config:
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
-        raise ConfigError(f"{folder / 'config.json'} has no model_type; it must say which family this is, e.g. \"bert\"")
+        raise ConfigError(f'{folder / "config.json"} has no model_type; it must say which family this is, e.g. "bert"')
     return registry.family(model_type).config.from_dict(values, source=str(folder / "config.json"), **overrides)
 
 
@@ -118,9 +138,11 @@ def load(
         A `Model`, or (Model, LoadReport).
 
     Raises:
-        ConfigError, UnknownModelType, CheckpointError, HubError: each names the file and key.
+        ConfigError, UnknownModelTypeError, CheckpointError, HubError: each names the file and key.
     """
-    folder = hub.checkpoint(path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token)
+    folder = hub.checkpoint(
+        path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+    )
     if config is None:
         config = read_config(folder, **overrides)
     elif isinstance(config, Config):
@@ -135,7 +157,9 @@ def load(
             checkpoint,
             spec,
             base=family.base,
-            siblings=lambda: {name for other in family.architectures for name in specs.table(other.spec(config)).known_names()},
+            siblings=lambda: {
+                name for other in family.architectures for name in specs.table(other.spec(config)).known_names()
+            },
             dtype=None if dtype == "auto" else dtype,
             shardings=None if mesh is None else shardings(spec, mesh, rules),
             strict=strict,
@@ -164,18 +188,30 @@ def choose(family: Family, config: Config, task: str | None) -> Architecture:
             return found
     if config.architectures:
         names = ", ".join(arch.name for arch in family.architectures)
-        raise ConfigError(f"config.json names the architecture {config.architectures[0]!r}, {family.model_type} has {names}; choose one by its Auto class")
+        raise ConfigError(f"{config.architectures[0]!r} is none of {family.model_type}'s architectures: {names}")
     return family.architectures[0]
 
 
 def _say(architecture: Architecture, folder: Path, report: LoadReport) -> None:
     """Tells what was not simply read, as log records of the logger "formax"."""
     if report.initialised:
-        log.warning("%s: %s is not in %s and was initialised; train it before use", architecture.name, _some(report.initialised), folder)
+        log.warning(
+            "%s: %s is not in %s and was initialised; train it before use",
+            architecture.name,
+            _some(report.initialised),
+            folder,
+        )
     if report.mismatched:
-        log.warning("%s: %s has another shape in %s and was initialised", architecture.name, _some(report.mismatched), folder)
+        log.warning(
+            "%s: %s has another shape in %s and was initialised", architecture.name, _some(report.mismatched), folder
+        )
     if report.left_out:
-        log.info("%s: %s in %s is not part of this architecture and was left out", architecture.name, _some(report.left_out), folder)
+        log.info(
+            "%s: %s in %s is not part of this architecture and was left out",
+            architecture.name,
+            _some(report.left_out),
+            folder,
+        )
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -198,7 +234,9 @@ class AutoModel:
         return load(path_or_repo, cls.task, **options)
 
     @classmethod
-    def from_config(cls, config: Config, *, key: jax.Array, dtype: Any = None, mesh: Any = None, rules: Rules = DEFAULT_RULES) -> Model:
+    def from_config(
+        cls, config: Config, *, key: jax.Array, dtype: Any = None, mesh: Any = None, rules: Rules = DEFAULT_RULES
+    ) -> Model:
         """A model with initial parameters.
 
         Args:

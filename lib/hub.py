@@ -58,7 +58,9 @@ def snapshot(
     except HFValidationError as error:
         raise HubError(f"{name!r} is neither a folder here nor a valid repository name: {error}") from None
     except LocalEntryNotFoundError:
-        raise HubError(f"{name} is no folder here, is not in the hub cache, and the hub was not asked or not reached (offline)") from None
+        raise HubError(
+            f"{name} is no folder here, is not in the hub cache, and the hub was not asked or not reached (offline)"
+        ) from None
     except (HfHubHTTPError, OSError) as error:
         raise HubError(f"{name} is no folder here and could not be had from the hub: {error}") from None
     return Path(found)

@@ -28,10 +28,17 @@ def capture(model: Model, *patterns: str) -> Callable[..., tuple[Any, dict[str, 
         ValueError: (on the call) a pattern matches nothing, naming what there is.
     """
     if not patterns:
-        raise ValueError('capture needs at least one pattern, such as "layers.*.out"; formax.places(model, ...) lists them')
+        raise ValueError(
+            'capture needs at least one pattern, such as "layers.*.out"; formax.places(model, ...) lists them'
+        )
 
     def call(
-        input_ids: Any = None, attention_mask: Any = None, *, key: jax.Array | None = None, head_mask: Any = None, **inputs: Any
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        *,
+        key: jax.Array | None = None,
+        head_mask: Any = None,
+        **inputs: Any,
     ) -> tuple[Any, dict[str, jax.Array]]:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         return model.run(given, patterns=patterns, key=key, head_mask=head_mask)

@@ -23,6 +23,7 @@ import numpy as np
 from formax.core import spec as specs
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
+from formax.core.rng import fold_path
 from formax.core.spec import Tree
 from formax.core.tap import Intervention, watch
 
@@ -53,7 +54,7 @@ class Model:
     family: Family
     interventions: tuple[Intervention, ...] = ()
 
-    # -------------------------------------------------------------------------------------------------------- calling
+    # --- calling
 
     def __call__(
         self,
@@ -84,7 +85,9 @@ class Model:
             {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
             key=key,
             head_mask=head_mask,
-            output_hidden_states=self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            output_hidden_states=self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
         )
         return out
@@ -99,7 +102,7 @@ class Model:
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
-        """The call behind `__call__` and `formax.capture`: (output, {place: value} of all places that match `patterns`)."""
+        """The call behind `__call__` and `formax.capture`: (output, {place: value} of the places asked for)."""
         arrays, static = self._sort_inputs(inputs)
         wanted = tuple(
             name
@@ -113,7 +116,7 @@ class Model:
         return _forward(*arguments) if traced else _compiled_forward(*arguments)
 
     def _sort_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Splits inputs into arrays and static switches; refuses names the family does not have and ids off the table."""
+        """Splits inputs into arrays and static switches; refuses unknown names and ids off the table."""
         known = _input_names(self.family.inputs)
         arrays: dict[str, Any] = {}
         static: dict[str, Any] = {}
@@ -142,7 +145,7 @@ class Model:
             raise TypeError(f"{self.architecture.name} does not decode step by step, so it has no cache")
         return self.family.init_cache(self.config, batch, length, encoder_length, dtype)
 
-    # ------------------------------------------------------------------------------------------------------- changing
+    # --- changing
 
     def replace(self, **changes: Any) -> Self:
         """A copy with another `params`, `config`, ..."""
@@ -172,14 +175,14 @@ class Model:
     def resize_token_embeddings(self, size: int, *, key: jax.Array | None = None) -> Self:
         """A copy with a vocabulary of `size`: old rows kept, new ones drawn around the mean of the old.
 
-        New rows start at the average of the old rows plus a hundredth of their spread (Hewitt 2021, "Initializing new word
-        embeddings"), new entries of output biases at their mean; every parameter with a vocabulary axis follows.
+        New rows start at the average of the old rows plus a hundredth of their spread (Hewitt 2021, "Initializing New
+        Word Embeddings"), new entries of output biases at their mean; every parameter with a vocabulary axis follows.
 
         Args:
             size: the new number of tokens.
             key: random key for the new rows; `jax.random.key(0)` by default.
         """
-        old = self.config.vocab_size  # type: ignore[attr-defined]
+        old = self.config.vocab_size
         if size < 1:
             raise ValueError(f"a vocabulary needs at least one token, got {size}")
         key = jax.random.key(0) if key is None else key
@@ -190,8 +193,10 @@ class Model:
                 axis = entry.param.axes.index("vocab")
                 leaf = leaves[entry.path]
                 if leaf.shape[axis] != old:
-                    raise ValueError(f"{entry.key} has {leaf.shape[axis]} tokens along axis {axis}, the configuration {old}")
-                leaves[entry.path] = _resized(leaf, axis, size, specs.rng.fold_path(key, entry.key))
+                    raise ValueError(
+                        f"{entry.key} has {leaf.shape[axis]} tokens along axis {axis}, the configuration {old}"
+                    )
+                leaves[entry.path] = _resized(leaf, axis, size, fold_path(key, entry.key))
         return replace(self, params=specs.unflatten(leaves), config=config)
 
     def prune_heads(self, heads: Mapping[int, Sequence[int]]) -> Self:
@@ -203,7 +208,7 @@ class Model:
 
         return replace(self, **prune_heads(self.params, self.config, heads))
 
-    # --------------------------------------------------------------------------------------------------------- saving
+    # --- saving
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> list[Path]:
         """Writes config.json and safetensors that transformers opens, bit for bit.
@@ -224,16 +229,26 @@ class Model:
     def __repr__(self) -> str:
         return f"{self.architecture.name}({self.num_parameters():,} parameters)"
 
-    # ----------------------------------------------------------------------------------------------- made by Auto classes
+    # --- made by Auto classes
 
     @classmethod
-    def initialise(cls, config: Config, architecture: Architecture, family: Family, key: jax.Array, dtype: Any = None, shardings: Tree | None = None) -> Self:
+    def initialise(
+        cls,
+        config: Config,
+        architecture: Architecture,
+        family: Family,
+        key: jax.Array,
+        dtype: Any = None,
+        shardings: Tree | None = None,
+    ) -> Self:
         """A model with initial parameters."""
         made = specs.init(architecture.spec(config), key, jnp.dtype(dtype or config.dtype or jnp.float32), shardings)
         return cls(made, config, architecture, family)
 
 
-jax.tree_util.register_dataclass(Model, data_fields=["params"], meta_fields=["config", "architecture", "family", "interventions"])
+jax.tree_util.register_dataclass(
+    Model, data_fields=["params"], meta_fields=["config", "architecture", "family", "interventions"]
+)
 
 
 def _forward(
@@ -280,7 +295,9 @@ def _input_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def _is_tree(value: Any) -> bool:
     """Whether a list or tuple holds arrays or nodes (a cache), rather than numbers."""
-    return isinstance(value, list | tuple) and any(not isinstance(leaf, int | float | bool) for leaf in jax.tree.leaves(value))
+    return isinstance(value, list | tuple) and any(
+        not isinstance(leaf, int | float | bool) for leaf in jax.tree.leaves(value)
+    )
 
 
 def _checked(model: Model, name: str, value: np.ndarray) -> np.ndarray:

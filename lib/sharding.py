@@ -1,8 +1,8 @@
 """Logical axes -> mesh axes: declared once for every family.
 
-Parameters name their dimensions ("embed", "heads", "mlp", ...); an ordered list of rules says on which mesh axis each is
-split. A dimension whose mesh axis is taken already, missing from the mesh, or does not divide its size stays whole, and
-`report` says so.
+Parameters name their dimensions ("embed", "heads", "mlp", ...); an ordered list of rules says on which mesh axis each
+is split. A dimension whose mesh axis is taken already, missing from the mesh, or does not divide its size stays whole,
+and `report` says so.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def report(spec: Spec, mesh: Any, rules: Rules = DEFAULT_RULES) -> str:
     lines = []
     for place in placements(spec, mesh, rules):
         shape = " x ".join(map(str, place.shape))
-        lines.append(f"{place.key}  {shape}  {tuple(place.partition)}" + "".join(f"\n    {remark}" for remark in place.remarks))
+        lines.append(
+            f"{place.key}  {shape}  {tuple(place.partition)}" + "".join(f"\n    {remark}" for remark in place.remarks)
+        )
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ def prune_heads(params: Tree, config: Config, heads: Mapping[int, Sequence[int]]
     Raises:
         ValueError: a layer or head that does not exist, or all heads of a layer.
     """
-    total, head_dim, depth = config.num_attention_heads, config.head_dim, len(params["layers"])  # type: ignore[attr-defined]
+    total, head_dim, depth = config.num_attention_heads, config.head_dim, len(params["layers"])
     leaves = flatten(params)
     gone = {int(layer): set(old) for layer, old in config.pruned_heads.items()}
     for layer, some in heads.items():
@@ -41,7 +41,11 @@ def prune_heads(params: Tree, config: Config, heads: Mapping[int, Sequence[int]]
             raise ValueError(f"cannot prune all heads of layer {layer}")
         columns = (jnp.asarray(keep)[:, None] * head_dim + jnp.arange(head_dim)).ravel()
         for path, leaf in leaves.items():
-            if path[:3] == ("layers", layer, "attn") and path[3] in HEAD_AXIS and not (path[3] == "o" and path[4] == "bias"):
+            if (
+                path[:3] == ("layers", layer, "attn")
+                and path[3] in HEAD_AXIS
+                and not (path[3] == "o" and path[4] == "bias")
+            ):
                 leaves[path] = jnp.take(leaf, columns, axis=HEAD_AXIS[str(path[3])])
         gone[layer] = before | set(some)
     pruned = FrozenDict({layer: tuple(sorted(some)) for layer, some in sorted(gone.items())})

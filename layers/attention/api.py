@@ -55,7 +55,9 @@ def attention(
         raise ValueError(f"{q.shape[2]} query heads of q {q.shape} cannot share {k.shape[2]} key heads of k {k.shape}")
     mask = mask or Mask()
     if mask.keys is not None and mask.keys.shape[-1] != k.shape[1]:
-        raise ValueError(f"the mask speaks of {mask.keys.shape[-1]} keys (shape {mask.keys.shape}), k {k.shape} has {k.shape[1]}")
+        raise ValueError(
+            f"the mask speaks of {mask.keys.shape[-1]} keys (shape {mask.keys.shape}), k {k.shape} has {k.shape[1]}"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return xla.attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, key=key)
 
@@ -124,8 +126,8 @@ def self_attention(
     """Multi-head self-attention, [B, T, E] -> ([B, T, E], the cache with these T positions).
 
     The number of heads is what the kernels hold (a pruned layer has fewer). `bias` is an array, or a function of
-    (q, k) that gives one. With a cache, keys are the buffer's S positions and `mask` must hide the unfilled ones: a causal
-    mask at `q_offset=cache.length` does. Taps: `attn.q`, `attn.k`, `attn.v`, `attn.scores`, `attn.weights`, `attn.out`.
+    (q, k) that gives one. With a cache, keys are the buffer's S positions and `mask` must hide the unfilled ones, as a
+    causal mask at `q_offset=cache.length` does. Taps, under `name`: `q`, `k`, `v`, `scores`, `weights`, `out`.
     """
     with tap.scope(name):
         q, k, v = (tap.tap(part, split_heads(linear(p[part], x), head_dim)) for part in ("q", "k", "v"))

@@ -97,14 +97,16 @@ class Mask:
         return out
 
 
-def from_attention_mask(attention_mask: jax.Array | None, *, causal: bool = False, q_offset: Any = 0, keys: int | None = None) -> Mask:
+def from_attention_mask(
+    attention_mask: jax.Array | None, *, causal: bool = False, q_offset: Any = 0, keys: int | None = None
+) -> Mask:
     """Hugging Face's `attention_mask`: [B, S] of ones and zeros (padding), or [B, T, S] / [B, H, T, S] pairs.
 
     Args:
         attention_mask: see above; None for no padding.
         causal: add the causal condition.
         q_offset: absolute position of the first query.
-        keys: length of the key buffer; a shorter mask is continued with ones (a causal mask hides what is not filled yet).
+        keys: length of the key buffer; a shorter mask goes on with ones (`causal` hides what is not filled).
 
     Raises:
         ValueError: another number of dimensions.
@@ -121,4 +123,6 @@ def from_attention_mask(attention_mask: jax.Array | None, *, causal: bool = Fals
         return base & Mask(dense=seen[:, None])
     if seen.ndim == 4:
         return base & Mask(dense=seen)
-    raise ValueError(f"attention_mask must be [batch, length], [batch, query, key] or [batch, heads, query, key], got shape {seen.shape}")
+    raise ValueError(
+        f"attention_mask must be [batch, key], [batch, query, key] or [batch, heads, query, key], got {seen.shape}"
+    )

@@ -4,10 +4,10 @@ A family subclasses `Config`, adds its fields, and may set
 
 - `attribute_map`: names of other frameworks or relatives for its fields ({"n_embd": "hidden_size"});
 - `sub_configs`: fields that are configurations themselves, as {field: class};
-- `implemented`: switches the reference knows, with the values we implement ({"position_embedding_type": ("absolute",)}).
+- `implemented`: switches the reference knows, with the values we have ({"position_embedding_type": ("absolute",)}).
 
-What a `config.json` holds beyond the fields is kept in `extra` and written back; a key that neither we nor the reference
-know is reported once. Values that cannot be right (a negative size, text for a number) raise `ConfigError`.
+What a `config.json` holds beyond the fields is kept in `extra` and written back; a key that neither we nor the
+reference know is reported once. Values that cannot be right (a negative size, text for a number) raise `ConfigError`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,65 @@ log = logging.getLogger("formax")
 
 # Keys of the reference that change nothing we compute: kept and written back without a word.
 INERT = frozenset(
-    """_name_or_path name_or_path transformers_version _commit_hash _attn_implementation attn_implementation
-    _attn_implementation_autoset _attn_implementation_internal attention_implementation torchscript use_bfloat16
-    tf_legacy_loss gradient_checkpointing finetuning_task task_specific_params tokenizer_class prefix return_dict
-    output_past auto_map custom_pipelines model_max_length max_length min_length do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
-    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens directionality pooler_fc_size
-    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type cross_attention_hidden_size
-    tie_encoder_decoder use_return_dict is_composition""".split()
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_name_or_path",
+        "attention_implementation",
+        "attn_implementation",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "cross_attention_hidden_size",
+        "custom_pipelines",
+        "directionality",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "is_composition",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_max_length",
+        "name_or_path",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_past",
+        "output_scores",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "use_bfloat16",
+        "use_return_dict",
+    }
 )
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -80,7 +129,7 @@ class Config:
     decoder_start_token_id: int | None = None
     extra: FrozenDict = field(default_factory=FrozenDict, repr=False)
 
-    # ------------------------------------------------------------------------------------------------------ reading
+    # --- reading
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config", **overrides: Any) -> Self:
@@ -101,7 +150,11 @@ class Config:
         extra: dict[str, Any] = dict(merged.pop("extra", {}))
         for key, value in merged.items():
             if key in fields:
-                known[key] = cls.sub_configs[key].from_dict(value, source=f"{source}: {key}") if key in cls.sub_configs and isinstance(value, Mapping) else freeze(value)
+                known[key] = (
+                    cls.sub_configs[key].from_dict(value, source=f"{source}: {key}")
+                    if key in cls.sub_configs and isinstance(value, Mapping)
+                    else freeze(value)
+                )
             else:
                 extra[key] = value
         if named_type != cls.model_type:
@@ -141,10 +194,11 @@ class Config:
             out = rope_parameters(out)
         return out
 
-    # ------------------------------------------------------------------------------------------------------ checks
+    # --- checks
 
     def __post_init__(self) -> None:
-        hints = _type_hints(type(self))
+        kind: Any = type(self)
+        hints = _type_hints(kind)
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             object.__setattr__(self, f.name, value := freeze(value))
@@ -155,7 +209,7 @@ class Config:
             value = getattr(self, key, self.extra.get(key, values[0]))
             if value not in values:
                 options = ", ".join(map(repr, values))
-                raise ConfigError(f"{key}={value!r} is a switch of the reference that formax does not implement; it has {options}")
+                raise ConfigError(f"{key}={value!r} is a switch that formax does not implement; it has {options}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ConfigError(f"problem_type={self.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
         self.check()
@@ -176,7 +230,9 @@ class Config:
         extra = self.__dict__.get("extra")
         if extra is not None and name in extra:
             return extra[name]
-        raise AttributeError(f"{type(self).__name__} has no field {name!r}{_nearest(name, _type_hints(type(self)))}")
+        raise AttributeError(
+            f"{type(self).__name__} has no field {name!r}{_nearest(name, type(self).__dataclass_fields__)}"
+        )
 
     def __hash__(self) -> int:
         # A configuration is hashed at every call of a model, and never changes.
@@ -186,7 +242,7 @@ class Config:
             object.__setattr__(self, "_hash", cached)
         return cached
 
-    # ------------------------------------------------------------------------------------------------------ writing
+    # --- writing
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, by field name, alias or `num_labels`; a name nobody knows is an error."""
@@ -204,7 +260,9 @@ class Config:
         out: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name == "extra" or (f.name in shared and value == getattr(default, f.name) and f.name not in _own(type(self))):
+            if f.name == "extra" or (
+                f.name in shared and value == getattr(default, f.name) and f.name not in _own(type(self))
+            ):
                 continue
             out[f.name] = value.to_dict() if isinstance(value, Config) else thaw(value)
         out["model_type"] = self.model_type
@@ -216,9 +274,9 @@ class Config:
 
 # Dataclass decorators of subclasses would put a field-by-field hash in the place of the cached one.
 def config(cls: type[Any]) -> type[Any]:
-    """Class decorator of a family's configuration: a frozen, keyword-only dataclass that keeps `Config`'s cached hash."""
+    """Class decorator of a family's configuration: a frozen, keyword-only dataclass with `Config`'s cached hash."""
     made = dataclass(frozen=True, kw_only=True)(cls)
-    made.__hash__ = Config.__hash__  # type: ignore[method-assign]
+    type.__setattr__(made, "__hash__", Config.__hash__)
     return made
 
 
@@ -267,7 +325,7 @@ def _inverse(labels: Mapping[Any, str]) -> FrozenDict:
 
 
 def _own(cls: type[Config]) -> set[str]:
-    """Shared fields that a family declares again (with another default): it writes them always, as the reference does."""
+    """Shared fields that a family declares again (with another default): always written, as the reference does."""
     return {name for base in cls.__mro__[: cls.__mro__.index(Config)] for name in vars(base).get("__annotations__", {})}
 
 
@@ -282,7 +340,7 @@ def _report_unknown(cls: str, source: str, names: tuple[str, ...]) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _type_hints(cls: type[Config]) -> dict[str, Any]:
+def _type_hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
@@ -307,7 +365,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "").replace("formax.core.frozen.", "")
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("formax.core.frozen.", "")
 
 
 def _check_size(name: str, value: Any) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from formax.core.config import Config
-from formax.core.outputs import Output
 from formax.core.spec import Spec
 
 
@@ -25,7 +24,7 @@ class Architecture:
     name: str
     task: str
     spec: Callable[[Any], Spec]
-    apply: Callable[..., Output]
+    apply: Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)

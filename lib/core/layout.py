@@ -1,11 +1,11 @@
 """How a parameter lies in a checkpoint: a closed set of invertible storage layouts.
 
-A *leaf* is an array of our parameter tree, a *stored* tensor is what the checkpoint file holds. `read` turns the second into the
-first and `store` is its inverse, bit for bit. Both work on NumPy views: reading a slice of a leaf from a memory-mapped
-file touches the pages of that slice alone (`Part` over interleaved groups and `Stacked` excepted, as said there).
+A *leaf* is an array of our parameter tree, a *stored* tensor is what the checkpoint file holds. `read` turns the second
+into the first and `store` is its inverse, bit for bit. Both work on NumPy views: reading a slice of a leaf from a
+memory-mapped file touches the pages of that slice alone (but for `Part` over interleaved groups and `Stacked`).
 
-Kernels of formax are `(in, out)` and convolutions channels-last, as in Flax; PyTorch stores `(out, in)` and channels-first.
-Which layout applies is declared by kind and never guessed from the number of dimensions.
+Kernels of formax are `(in, out)` and convolutions channels-last, as in Flax; PyTorch stores `(out, in)` and
+channels-first. Which layout applies is declared by kind and never guessed from the number of dimensions.
 """
 
 from __future__ import annotations

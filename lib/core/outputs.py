@@ -20,7 +20,7 @@ T = TypeVar("T")
 def output(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen dataclass and a pytree whose children are all its fields."""
     made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    return jax.tree_util.register_dataclass(made)  # type: ignore[return-value]
+    return jax.tree_util.register_dataclass(made)
 
 
 class Output:

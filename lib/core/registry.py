@@ -20,7 +20,7 @@ ALIASES = {
 _registered: dict[str, Family] = {}
 
 
-class UnknownModelType(ValueError):
+class UnknownModelTypeError(ValueError):
     """No family of that name; the message names the nearest ones."""
 
 
@@ -42,7 +42,7 @@ def family(model_type: str) -> Family:
     """The family of a model type.
 
     Raises:
-        UnknownModelType: naming the nearest ones there are.
+        UnknownModelTypeError: naming the nearest ones there are.
     """
     name = _plain(model_type)
     if name in _registered:
@@ -52,5 +52,5 @@ def family(model_type: str) -> Family:
     if name not in known:
         near = difflib.get_close_matches(name, [_plain(key) for key in model_types()], n=3, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(model_types())}"
-        raise UnknownModelType(f"formax has no model_type {model_type!r}{hint}")
+        raise UnknownModelTypeError(f"formax has no model_type {model_type!r}{hint}")
     return importlib.import_module(MODULES[known[name]]).FAMILY

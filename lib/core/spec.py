@@ -26,13 +26,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from formax.core import rng, tap
-from formax.core.layout import SAME, Layout, Part, Stacked
+from formax.core.layout import SAME, Layout, Part
 
 Initializer: TypeAlias = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 Path: TypeAlias = tuple[str | int, ...]
 Tree: TypeAlias = Any  # nested dicts and tuples with one kind of leaf
 
-AXES = ("batch", "length", "embed", "vocab", "heads", "kv_heads", "mlp", "experts", "layers", "conv_in", "conv_out", "state")
+AXES = (
+    "batch",
+    "length",
+    "embed",
+    "vocab",
+    "heads",
+    "kv_heads",
+    "mlp",
+    "experts",
+    "layers",
+    "conv_in",
+    "conv_out",
+    "state",
+)
 
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
@@ -230,7 +243,7 @@ def _join(prefix: str, name: str) -> str:
 
 
 def build(spec: Spec, leaf: Callable[[Entry], Any]) -> Tree:
-    """A tree of the spec's shape with `leaf(entry)` at every parameter (dicts and tuples; no ties, no empty branches)."""
+    """A tree of the spec's shape with `leaf(entry)` at every parameter (no ties, no empty branches)."""
     values = {entry.path: leaf(entry) for entry in table(spec).entries}
     return unflatten(values)
 
@@ -335,7 +348,7 @@ def describe(spec: Spec, params: Tree | None = None) -> str:
     return "\n".join([*lines, f"{count(spec):,} parameters in {len(rows) - 1} arrays"])
 
 
-# ---------------------------------------------------------------------------------------------------------------- layers
+# --- layers
 
 
 def stack(layers: Sequence[Tree]) -> Tree:
@@ -353,7 +366,9 @@ def stack(layers: Sequence[Tree]) -> Tree:
             a, b = first.get(path), other.get(path)
             if a is None or b is None or np.shape(a) != np.shape(b):
                 shapes = [None if leaf is None else np.shape(leaf) for leaf in (a, b)]
-                raise ValueError(f"layers 0 and {i} differ at {dotted(path)!r}: {shapes[0]} and {shapes[1]}; only equal layers stack")
+                raise ValueError(
+                    f"layers 0 and {i} differ at {dotted(path)!r}: {shapes[0]} and {shapes[1]}; only equal layers stack"
+                )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 

@@ -206,7 +206,9 @@ def _intervene(item: Intervention, value: Any, places: Sequence[str], state: Wat
 def _check_same(item: Intervention, old: Any, new: Any, place: str) -> None:
     shapes = [jax.tree.map(jnp.shape, value) for value in (old, new)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the intervention {item.pattern!r} turned {place} of shape {shapes[0]} into {shapes[1]}; it must keep the shape")
+        raise ValueError(
+            f"the intervention {item.pattern!r} turned {place} of shape {shapes[0]} into {shapes[1]}; keep the shape"
+        )
 
 
 def _layer_number(place: str) -> int:
@@ -230,6 +232,11 @@ def _matches(pattern: str, places: Sequence[str]) -> bool:
 @lru_cache(maxsize=1024)
 def _regex(pattern: str) -> re.Pattern[str]:
     text = re.escape(pattern)
-    for glob, regex in ((r"\*\*\.", r"(?:[^.]+\.)~"), (r"\.\*\*", r"(?:\.[^.]+)~"), (r"\*\*", r".~"), (r"\*", r"[^.]~")):
+    for glob, regex in (
+        (r"\*\*\.", r"(?:[^.]+\.)~"),
+        (r"\.\*\*", r"(?:\.[^.]+)~"),
+        (r"\*\*", r".~"),
+        (r"\*", r"[^.]~"),
+    ):
         text = text.replace(glob, regex)
     return re.compile(text.replace("~", "*"))

@@ -1,0 +1,16 @@
+"""Settings that hold for the whole suite: eight CPU devices, no network, repeatable property tests in CI."""
+
+import os
+
+# Both are read when jax first looks for devices, so they are set before any test module imports it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+# The first call of a jitted function takes as long as its compilation: a deadline would judge the compiler.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
