@@ -37,8 +37,16 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    found: dict[Entry, str]  # entry -> name in the file (with `{}` where the layout has many)
+class Plan:
+    """Where every parameter comes from.
+
+    Attributes:
+        found: leaf -> its name in the file (with `{}` where the layout has many).
+        fresh: leaves that are initialised.
+        report: the same for people.
+    """
+
+    found: dict[Entry, str]
     fresh: tuple[Entry, ...]
     report: LoadReport
 
@@ -72,7 +80,7 @@ def load_params(
         CheckpointError: missing or unexplained tensors (with the nearest names), wrong shapes or dtypes.
     """
     table = specs.table(spec)
-    plan = _plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
+    plan = make_plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
     places = {} if shardings is None else specs.flatten(shardings)
     leaves = {
         entry.path: _read(checkpoint, entry, name, dtype, places.get(entry.path)) for entry, name in plan.found.items()
@@ -84,15 +92,15 @@ def load_params(
     return specs.unflatten({entry.path: leaves[entry.path] for entry in table.entries}), plan.report
 
 
-def _plan(
+def make_plan(
     checkpoint: Checkpoint,
     table: specs.Table,
     base: str,
     siblings: Callable[[], set[str]],
     strict: bool,
     ignore_mismatched: bool,
-) -> _Plan:
-    """Decides for every leaf where it comes from, and refuses what does not fit."""
+) -> Plan:
+    """Decides for every leaf where it comes from, and refuses what does not fit; arguments as in `load_params`."""
     rename = _base_renaming(checkpoint, table, base)
     found: dict[Entry, str] = {}
     missing: list[Entry] = []
@@ -128,7 +136,7 @@ def _plan(
     if missing or (rest and strict):
         raise CheckpointError(_complaint(checkpoint, [rename(entry.name) for entry in missing], rest if strict else []))
     initialised = tuple(entry.key for entry in fresh if entry.key not in mismatched)
-    return _Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))
+    return Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))
 
 
 def _base_renaming(checkpoint: Checkpoint, table: specs.Table, base: str) -> Callable[[str], str]:

@@ -14,7 +14,6 @@ from formax import hub
 from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import LoadReport, load_params
 from formax.core import registry
-from formax.core import spec as specs
 from formax.core.config import Config, ConfigError
 from formax.core.family import Architecture, Family
 from formax.model import Model
@@ -157,9 +156,7 @@ def load(
             checkpoint,
             spec,
             base=family.base,
-            siblings=lambda: {
-                name for other in family.architectures for name in specs.table(other.spec(config)).known_names()
-            },
+            siblings=lambda: family.known_names(config),
             dtype=None if dtype == "auto" else dtype,
             shardings=None if mesh is None else shardings(spec, mesh, rules),
             strict=strict,

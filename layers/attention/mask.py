@@ -100,29 +100,29 @@ class Mask:
 def from_attention_mask(
     attention_mask: jax.Array | None, *, causal: bool = False, q_offset: Any = 0, keys: int | None = None
 ) -> Mask:
-    """Hugging Face's `attention_mask`: [B, S] of ones and zeros (padding), or [B, T, S] / [B, H, T, S] pairs.
+    """Hugging Face's `attention_mask`.
 
     Args:
-        attention_mask: see above; None for no padding.
-        causal: add the causal condition.
+        attention_mask: [B, S] of ones and zeros (padding), to which `causal` is added; or pairs [B, T, S] or
+            [B, H, T, S], which say everything and take the place of `causal`; None for no padding.
+        causal: keys after the query are hidden.
         q_offset: absolute position of the first query.
-        keys: length of the key buffer; a shorter mask goes on with ones (`causal` hides what is not filled).
+        keys: length of the key buffer, when it is longer than what the mask speaks of: a padding mask goes on with ones
+            (`causal` hides what is not filled yet), pairs with zeros.
 
     Raises:
         ValueError: another number of dimensions.
     """
-    base = Mask(causal=causal, q_offset=q_offset)
     if attention_mask is None:
-        return base
+        return Mask(causal=causal, q_offset=q_offset)
     seen = attention_mask if attention_mask.dtype == bool else attention_mask != 0
+    if seen.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"attention_mask must be [batch, key], [batch, query, key] or [batch, heads, query, key], got {seen.shape}"
+        )
     if keys is not None and seen.shape[-1] < keys:
-        seen = jnp.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(0, keys - seen.shape[-1])], constant_values=True)
+        width = [(0, 0)] * (seen.ndim - 1) + [(0, keys - seen.shape[-1])]
+        seen = jnp.pad(seen, width, constant_values=seen.ndim == 2)
     if seen.ndim == 2:
-        return base & Mask(keys=seen)
-    if seen.ndim == 3:
-        return base & Mask(dense=seen[:, None])
-    if seen.ndim == 4:
-        return base & Mask(dense=seen)
-    raise ValueError(
-        f"attention_mask must be [batch, key], [batch, query, key] or [batch, heads, query, key], got {seen.shape}"
-    )
+        return Mask(causal=causal, q_offset=q_offset, keys=seen)
+    return Mask(q_offset=q_offset, dense=seen[:, None] if seen.ndim == 3 else seen)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from formax.core.config import Config
-from formax.core.spec import Spec
+from formax.core.spec import Spec, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +55,7 @@ class Family:
     def for_task(self, task: str) -> Architecture | None:
         """The first architecture of that task."""
         return next((arch for arch in self.architectures if arch.task == task), None)
+
+    def known_names(self, config: Config) -> set[str]:
+        """Every checkpoint name that some architecture of the family reads."""
+        return {name for arch in self.architectures for name in table(arch.spec(config)).known_names()}

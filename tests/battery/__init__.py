@@ -1,0 +1,1 @@
+"""The tests that every family goes through, whatever it computes."""

@@ -1,0 +1,119 @@
+"""The stored answers of the reference, and the checkpoints they are about. `tests/oracle/README.md` has the format."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from oracle import weights
+from safetensors.numpy import save_file
+
+import formax
+from formax.core import registry
+from formax.core.config import Config
+from formax.core.family import Architecture, Family
+
+ROOT = Path(__file__).resolve().parent.parent / "goldens"
+# Arguments of the reference that are no inputs of a forward pass here: losses are functions of their own, and whether
+# there is a cache is said by passing one.
+LABELS = {"labels", "next_sentence_label", "start_positions", "end_positions"}
+SWITCHES = {"use_cache"}
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case of a family."""
+
+    family_name: str
+    name: str
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        return json.loads((ROOT / self.family_name / f"{self.name}.json").read_text())
+
+    @cached_property
+    def arrays(self) -> Tensors:
+        with np.load(ROOT / self.family_name / f"{self.name}.npz") as file:
+            return dict(file)
+
+    def _under(self, prefix: str) -> Tensors:
+        return {name.removeprefix(prefix): array for name, array in self.arrays.items() if name.startswith(prefix)}
+
+    @property
+    def inputs(self) -> Tensors:
+        """Arrays of the call."""
+        return {name: array for name, array in self._under("in.").items() if name not in LABELS}
+
+    @property
+    def switches(self) -> dict[str, Any]:
+        """Scalars of the call."""
+        return {name: value for name, value in self.meta["call"].items() if name not in SWITCHES}
+
+    @property
+    def outputs(self) -> Tensors:
+        """What the reference answers; of a tuple, `hidden_states.0` and so on."""
+        return {name: array for name, array in self._under("out.").items() if name != "loss"}
+
+    @property
+    def saved_keys(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Names, shapes and dtypes of what the reference saves, having opened this checkpoint."""
+        keys = self.meta.get("saved_keys", self.meta["keys"])
+        return {name: (tuple(shape), dtype) for name, (shape, dtype) in keys.items()}
+
+    @property
+    def family(self) -> Family:
+        return registry.family(self.meta["config"]["model_type"])
+
+    @property
+    def architecture(self) -> Architecture:
+        found = self.family.find(self.meta["architecture"])
+        assert found is not None, f"{self.family_name} has no {self.meta['architecture']}"
+        return found
+
+    @property
+    def config(self) -> Config:
+        return self.family.config.from_dict(self.meta["config"], source=f"{self.family_name}/{self.name}")
+
+    def tensors(self) -> Tensors:
+        """What the checkpoint holds."""
+        given, copies = self._under("key."), self.meta.get("copies", {})
+        return {
+            name: given[name] if name in given else weights.tensor(copies.get(name, name), shape, dtype)
+            for name, (shape, dtype) in self.meta["keys"].items()
+        }
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Writes the checkpoint into `folder`, which it returns."""
+        (folder / "config.json").write_text(json.dumps(self.meta["config"]))
+        save_file(self.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    def open(self, folder: Path) -> tuple[Any, Any]:
+        """Writes the checkpoint and opens it as a user would: (model, loading report)."""
+        named = self.meta["config"]["architectures"] == [self.meta["architecture"]]
+        opens = formax if named else getattr(formax, f"AutoModel{self.architecture.task}")
+        return opens.from_pretrained(self.checkpoint(folder), output_loading_info=True)
+
+    def __str__(self) -> str:
+        return f"{self.family_name}/{self.name}"
+
+
+def goldens() -> list[Golden]:
+    """All goldens of families, those of real checkpoints aside."""
+    files = sorted(path for path in ROOT.glob("*/*.json") if path.parent.name != "real")
+    return [Golden(path.parent.name, path.stem) for path in files]
+
+
+def one_each() -> list[Golden]:
+    """For every architecture the golden with most parameters, none of them newly initialised."""
+    best: dict[str, Golden] = {}
+    for golden in goldens():
+        if "missing" not in golden.meta:
+            name = golden.architecture.name
+            best[name] = max(best.get(name, golden), golden, key=lambda one: len(one.saved_keys))
+    return list(best.values())

@@ -1,0 +1,62 @@
+"""What every architecture must satisfy before anything is computed: names, shapes, types and placements."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, NamedSharding
+
+from battery.goldens import ROOT, Golden, goldens, one_each
+from battery.trace import traced, unused
+from formax.core import registry
+from formax.core import spec as specs
+from formax.sharding import placements
+
+
+def test_every_architecture_has_a_golden() -> None:
+    declared = {arch.name for name in registry.MODULES for arch in registry.family(name).architectures}
+    assert declared - {golden.meta["architecture"] for golden in goldens()} == set()
+
+
+def test_no_golden_is_about_something_unregistered() -> None:
+    assert {path.name for path in ROOT.iterdir()} - {"real"} <= set(registry.MODULES)
+
+
+@pytest.mark.parametrize("golden", goldens(), ids=str)
+def test_the_spec_is_the_key_list(golden: Golden) -> None:
+    stored = specs.table(golden.architecture.spec(golden.config)).stored()
+    declared = {name: entries[0].stored_shape for name, entries in stored.items()}
+    assert declared == {name: shape for name, (shape, _) in golden.saved_keys.items()}
+
+
+@pytest.mark.parametrize("golden", one_each(), ids=str)
+def test_full_size_forward_in_bfloat16(golden: Golden) -> None:
+    given = golden.meta["config"]
+    kept = {name: given[name] for name in ("is_decoder", "add_cross_attention") if name in given}
+    _, out = traced(golden, golden.family.config.from_dict(kept, source=str(golden)), jnp.bfloat16)
+    for name in golden.outputs.keys() & dict(out.items()).keys():
+        expected = golden.outputs[name].shape
+        made = getattr(out, name)
+        axes = max(1, len(expected) - 1)  # the last is the hidden size, the vocabulary or the labels
+        assert (len(made.shape), made.shape[:axes]) == (len(expected), expected[:axes]), name
+        assert made.dtype == jnp.bfloat16, name
+
+
+@pytest.mark.parametrize("architecture", sorted({golden.architecture.name for golden in goldens()}))
+def test_no_parameter_is_dead(architecture: str) -> None:
+    unreached: dict[str, bool] = {}
+    for golden in goldens():
+        if golden.architecture.name == architecture:
+            dead = unused(golden)
+            for entry in specs.table(golden.architecture.spec(golden.config)).entries:
+                unreached[entry.key] = entry.key in dead and unreached.get(entry.key, True)
+    assert [key for key, never in unreached.items() if never] == []
+
+
+@pytest.mark.parametrize("golden", one_each(), ids=str)
+def test_full_size_shardings(golden: Golden) -> None:
+    mesh = AbstractMesh((2, 4), ("fsdp", "tensor"))
+    places = placements(golden.architecture.spec(golden.family.config()), mesh)
+    # shard_shape raises for a dimension that its mesh axes do not divide
+    parts = [np.prod(NamedSharding(mesh, place.partition).shard_shape(place.shape)) for place in places]
+    # a vocabulary that four devices cannot share evenly is most of what is not split eight ways
+    assert sum(parts) < 0.3 * sum(np.prod(place.shape) for place in places)
