@@ -1,0 +1,77 @@
+"""Losses of the heads: pure functions of logits and labels, each the mean that transformers trains with in PyTorch.
+
+A label of -100 marks a position that does not count. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+IGNORED = -100
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignored: int = IGNORED) -> jax.Array:
+    """Mean negative log-likelihood of integer labels.
+
+    Args:
+        logits: [..., classes].
+        labels: [...]; positions equal to `ignored` are left out of the mean.
+        ignored: see above.
+
+    Returns:
+        A scalar; 0 when no position counts.
+    """
+    counts = labels != ignored
+    picked = jnp.where(counts, labels, 0)
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    losses = -jnp.take_along_axis(log_probs, picked[..., None], axis=-1)[..., 0]
+    return jnp.where(counts, losses, 0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def next_token(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """`cross_entropy` of each token given those before it: logits [B, T, V], labels [B, T] (the input ids)."""
+    return cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
+def sequence_classification(logits: jax.Array, labels: jax.Array, problem_type: str | None = None) -> jax.Array:
+    """Loss of a classification or regression head.
+
+    Args:
+        logits: [B, labels].
+        labels: [B] classes for "single_label_classification"; [B, labels] zeros and ones for
+            "multi_label_classification"; [B] or [B, labels] numbers for "regression".
+        problem_type: one of these; None decides by the number of labels (one: regression) and the dtype of `labels`
+            (integers: one class), as the reference does.
+
+    Raises:
+        ValueError: another problem type.
+    """
+    if problem_type is None:
+        single = jnp.issubdtype(labels.dtype, jnp.integer)
+        kinds = ("single_label_classification", "multi_label_classification")
+        problem_type = "regression" if logits.shape[-1] == 1 else kinds[0] if single else kinds[1]
+    y = logits.astype(jnp.float32)
+    match problem_type:
+        case "regression":
+            return jnp.square(y.reshape(labels.shape) - labels).mean()
+        case "single_label_classification":
+            return cross_entropy(y, labels)
+        case "multi_label_classification":
+            return (jax.nn.softplus(y) - labels * y).mean()
+    raise ValueError(
+        f"problem_type={problem_type!r} is none of regression, single_label_classification, multi_label_classification"
+    )
+
+
+def span(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+    """Mean of the losses of an answer's first and last position: logits [B, T], positions [B].
+
+    A position outside the text means that the answer is not in it: that row does not count.
+    """
+    length = start_logits.shape[1]
+
+    def one(logits: jax.Array, at: jax.Array) -> jax.Array:
+        return cross_entropy(logits, jnp.where((at >= 0) & (at < length), at, IGNORED))
+
+    return (one(start_logits, start) + one(end_logits, end)) / 2
