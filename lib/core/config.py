@@ -314,7 +314,7 @@ def v4_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _label_map(count: int) -> FrozenDict:
+def _label_map(count: Any) -> FrozenDict:
     if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 10_000_000:
         raise ConfigError(f"num_labels must be a number of classes, got {count!r}")
     return FrozenDict({i: f"LABEL_{i}" for i in range(count)})
