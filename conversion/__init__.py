@@ -1,1 +1,1 @@
-
+"""Checkpoint formats: reads and writes the files of other frameworks, knowing formats but no model family."""

@@ -20,6 +20,11 @@ from formax.core import spec as specs
 from formax.core.layout import Part, Stacked
 from formax.core.spec import Entry, Spec, Tree
 
+# How many names are searched for the nearest one: comparing with all of an absurd number would look like a hang.
+SEARCHED = 2000
+# Bytes; what XLA asks of memory that it uses in place.
+ALIGNMENT = 64
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -70,7 +75,7 @@ def load_params(
         spec: the declaration.
         base: prefix of the bare model's tensors; a file may have it where the spec does not, and the other way round.
         siblings: names that other architectures of the family would read; such tensors are left out without complaint.
-        dtype: floating-point dtype of the leaves; None keeps what is on disk.
+        dtype: floating-point dtype of the leaves; None keeps what is on disk (but float64, unless JAX has it enabled).
         shardings: a tree of shardings; every device reads its own slices alone.
         strict: complain about tensors that nothing explains.
         ignore_mismatched_sizes: initialise parameters whose shape differs instead of raising.
@@ -78,7 +83,9 @@ def load_params(
 
     Raises:
         CheckpointError: missing or unexplained tensors (with the nearest names), wrong shapes or dtypes.
+        ValueError: `dtype` is no floating-point type.
     """
+    dtype = None if dtype is None else floating(dtype)
     table = specs.table(spec)
     plan = make_plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
     places = {} if shardings is None else specs.flatten(shardings)
@@ -86,10 +93,30 @@ def load_params(
         entry.path: _read(checkpoint, entry, name, dtype, places.get(entry.path)) for entry, name in plan.found.items()
     }
     if plan.fresh:
-        fill = dtype or next((leaf.dtype for leaf in leaves.values()), jnp.float32)
+        # Not in 8 bits: what is quantised is the file's business, a new head is going to be trained.
+        found = (leaf.dtype for leaf in leaves.values() if leaf.dtype.itemsize > 1)
+        fill = next(found, jnp.float32) if dtype is None else dtype
         key = jax.random.key(0) if key is None else key
-        leaves |= specs.init_entries(plan.fresh, key, fill, places or None)
+        # Waited for, so that sizes beyond the memory fail here and not when the model is first used.
+        leaves |= jax.block_until_ready(specs.init_entries(plan.fresh, key, fill, places or None))
     return specs.unflatten({entry.path: leaves[entry.path] for entry in table.entries}), plan.report
+
+
+def floating(dtype: Any) -> np.dtype:
+    """The dtype of that name, for parameters.
+
+    Raises:
+        ValueError: there is none, it is not floating-point, or JAX would silently make another of it.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype={dtype!r} is no dtype; give one such as 'float32' or 'bfloat16'") from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype={dtype!r} is not floating-point; give one such as 'float32' or 'bfloat16'")
+    if found == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError("dtype='float64' needs jax.config.update('jax_enable_x64', True)")
+    return found
 
 
 def make_plan(
@@ -112,10 +139,7 @@ def make_plan(
         if name is None:
             is_head = headed and not entry.name.startswith(f"{base}.")
             (fresh if is_head or entry.param.optional else missing).append(entry)
-        elif problem := _misfit(checkpoint, entry, name):
-            if not ignore_mismatched or "shape" not in problem:
-                hint = "; ignore_mismatched_sizes=True initialises it instead" if "shape" in problem else ""
-                raise CheckpointError(f"{problem}{hint}")
+        elif _has_misfit(checkpoint, entry, name, ignore_mismatched):
             mismatched.append(entry.key)
             fresh.append(entry)
         else:
@@ -134,7 +158,9 @@ def make_plan(
         left_out = [name for name in rest if name in others]
         rest = [name for name in rest if name not in others]
     if missing or (rest and strict):
-        raise CheckpointError(_complaint(checkpoint, [rename(entry.name) for entry in missing], rest if strict else []))
+        wanted = dict.fromkeys(name for entry in missing for name in entry.param.layout.names(rename(entry.name)))
+        absent = [name for name in wanted if name not in checkpoint]
+        raise CheckpointError(_complaint(checkpoint, absent, rest if strict else [], sorted(explained)))
     initialised = tuple(entry.key for entry in fresh if entry.key not in mismatched)
     return Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))
 
@@ -160,25 +186,32 @@ def _find(checkpoint: Checkpoint, entry: Entry, table: specs.Table, rename: Call
     return None
 
 
-def _misfit(checkpoint: Checkpoint, entry: Entry, name: str) -> str | None:
-    """What is wrong with the stored tensor(s), or None."""
+def _has_misfit(checkpoint: Checkpoint, entry: Entry, name: str, ignored: bool) -> bool:
+    """Whether the stored tensor(s) have another shape; that, unless `ignored`, and another kind of dtype raise."""
     for one in entry.param.layout.names(name):
         info = checkpoint[one]
-        if info.shape != entry.stored_shape:
-            return f"{info.file}: {one!r} has shape {info.shape}, the configuration asks for {entry.stored_shape}"
         if not jnp.issubdtype(info.dtype, jnp.floating):
-            return f"{info.file}: {one!r} has dtype {info.dtype}, a floating-point one is needed"
-    return None
+            raise CheckpointError(f"{info.file}: {one!r} has dtype {info.dtype}, a floating-point one is needed")
+        if info.shape != entry.stored_shape:
+            if ignored:
+                return True
+            raise CheckpointError(
+                f"{info.file}: {one!r} has shape {info.shape}, the configuration asks for {entry.stored_shape}; "
+                "ignore_mismatched_sizes=True initialises it instead"
+            )
+    return False
 
 
-def _complaint(checkpoint: Checkpoint, missing: list[str], unexplained: list[str]) -> str:
-    lines = [f"{checkpoint.path} does not fit this architecture"]
+def _complaint(checkpoint: Checkpoint, missing: list[str], unexplained: list[str], known: list[str]) -> str:
+    """What to say of tensors that are `missing` or `unexplained`, where the architecture knows the names `known`."""
+    files = {info.file for info in checkpoint.values()}
+    lines = [f"{files.pop() if len(files) == 1 else checkpoint.path} does not fit this architecture"]
     for title, names, pool in (
         ("missing", missing, list(checkpoint)),
-        ("unexplained", unexplained, missing),
+        ("unexplained", unexplained, missing or known),
     ):
         for name in names[:5]:
-            near = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(name, pool[:SEARCHED], n=1, cutoff=0.6)
             lines.append(f"  {title}: {name!r}" + (f" (nearest: {near[0]!r})" if near else ""))
         if len(names) > 5:
             lines.append(f"  ... and {len(names) - 5} more {title}")
@@ -193,20 +226,32 @@ def _read(checkpoint: Checkpoint, entry: Entry, name: str, dtype: Any, sharding:
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         view = layout.read(checkpoint.read, name, shape, index)
-        return view if dtype is None else view.astype(jnp.dtype(dtype))
-
-    everything = (slice(None),) * len(shape)
-    if sharding is None:
         # A strided view goes to the runtime as it is: its blocked transpose is several times faster than NumPy's.
-        leaf = jax.device_put(part(everything), may_alias=False)
+        return _owned(view) if dtype is None else view.astype(dtype)
+
+    if sharding is None:
+        leaf = jax.device_put(part((slice(None),) * len(shape)))
     else:
-        leaf = jax.make_array_from_callback(
-            shape, sharding, lambda index: np.ascontiguousarray(part(index or everything))
-        )
+        leaf = jax.make_array_from_callback(shape, sharding, part)
     leaf.block_until_ready()
     for one in layout.names(name):
         checkpoint.release(one)
     return leaf
+
+
+def _owned(view: np.ndarray) -> np.ndarray:
+    """A copy of what a CPU device would otherwise use in place: a parameter must not change with the file.
+
+    Where `jax.device_put(may_alias=False)` is given an aligned NumPy array, the array on a CPU device is a view of it.
+    """
+    if not view.flags.c_contiguous or view.flags.writeable:
+        return view
+    # Aligned, so that the device takes this memory over instead of copying once more.
+    memory = np.empty(view.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + view.nbytes].view(view.dtype).reshape(view.shape)
+    copy[...] = view
+    return copy
 
 
 @dataclass(frozen=True)
@@ -246,9 +291,9 @@ def stored_tensors(spec: Spec, params: Tree) -> tuple[dict[str, Stored], Callabl
         layout = held[0].param.layout
         arrays = [np.asarray(leaves[entry.path]) for entry in held]
         if isinstance(layout, Part):
-            return np.ascontiguousarray(layout.join(arrays))
+            return layout.join(arrays)
         if isinstance(layout, Stacked):
-            return np.ascontiguousarray(layout.then.store(arrays[0][held[0].stored_names.index(name)]))
-        return np.ascontiguousarray(layout.store(arrays[0]))
+            return layout.then.store(arrays[0][held[0].stored_names.index(name)])
+        return layout.store(arrays[0])
 
     return tensors, fetch
