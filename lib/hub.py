@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*/config.json")
 WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
@@ -35,17 +36,23 @@ def snapshot(
     Raises:
         HubError: no such folder, or the repository cannot be reached and is not in the cache.
     """
-    folder = Path(path_or_repo).expanduser()
+    name = str(path_or_repo)
+    try:
+        folder = Path(path_or_repo).expanduser()
+    except RuntimeError as error:
+        raise HubError(f"{name} does not exist: {error}") from None
+    if not name:
+        raise HubError("the path or repository name is empty")
     if folder.is_dir():
         return folder
-    name = str(path_or_repo)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or folder.exists():
         what = "is a file, a checkpoint is a folder" if folder.exists() else "does not exist"
         raise HubError(f"{name} {what}")
 
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors
 
+    wanted = name if revision is None else f"{name} (revision {revision!r})"
     try:
         found = huggingface_hub.snapshot_download(
             name,
@@ -55,22 +62,44 @@ def snapshot(
             local_files_only=local_files_only,
             token=token,
         )
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise HubError(f"{name!r} is neither a folder here nor a valid repository name: {error}") from None
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError as error:
+        if hasattr(error, "snapshot_path"):  # IncompleteSnapshotError, which huggingface_hub 1 did not have
+            raise HubError(_one_line(f"{wanted} is in the hub cache in part only: {error}")) from None
         raise HubError(
-            f"{name} is no folder here, is not in the hub cache, and the hub was not asked or not reached (offline)"
+            f"{wanted} is no folder here, is not in the hub cache, and the hub was not asked or not reached (offline)"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{name} is no folder here and could not be had from the hub: {error}") from None
+    except errors.GatedRepoError:
+        raise HubError(
+            f"{name} is a gated repository: ask for access on its page on the hub, then give your token="
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise HubError(
+            f"{name} is no folder here and no repository of the hub, or a private one that needs another token="
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise HubError(f"{name} has no revision {revision!r}; give a branch, a tag or a commit") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise HubError(_one_line(f"{wanted} is no folder here and could not be had from the hub: {error}")) from error
     return Path(found)
 
 
-def checkpoint(path_or_repo: str | Path, **where: object) -> Path:
-    """The local folder of a whole checkpoint: configuration, tokenizer and weights, safetensors before pickles."""
-    folder = snapshot(path_or_repo, CONFIG_FILES, **where)  # type: ignore[arg-type]
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def checkpoint(path_or_repo: str | Path, **where: Any) -> Path:
+    """The local folder of a whole checkpoint: configuration, tokenizer and weights, safetensors before pickles.
+
+    A repository is always asked for all weights of a kind, so that a download that broke off is completed.
+
+    Args:
+        path_or_repo: as for `snapshot`.
+        **where: its other arguments.
+    """
     for patterns in WEIGHTS:
-        if Path(path_or_repo).expanduser().is_dir() or any(next(folder.glob(pattern), None) for pattern in patterns):
+        folder = snapshot(path_or_repo, (*CONFIG_FILES, *patterns), **where)
+        if any(any(folder.glob(pattern)) for pattern in patterns):
             break
-        folder = snapshot(path_or_repo, (*CONFIG_FILES, *patterns), **where)  # type: ignore[arg-type]
     return folder
