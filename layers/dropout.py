@@ -10,5 +10,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate`, scales the rest by 1 / (1 - rate); `x` itself when `key` is None."""
     if key is None or rate == 0.0:
         return x
+    if rate == 1.0:
+        return jnp.zeros_like(x)  # the quotient below would be infinite, and its gradient no number
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)

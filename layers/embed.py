@@ -31,7 +31,8 @@ def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, l
     """Refuses inputs that cannot be meant.
 
     Raises:
-        ValueError: not exactly one of ids [B, T] and vectors [B, T, E], another rank, or more than `limit` positions.
+        ValueError: not exactly one of ids [B, T] and vectors [B, T, E], another rank, no position at all, or more than
+            `limit`.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds" + (", not both" if input_ids is not None else ""))
@@ -40,6 +41,8 @@ def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, l
     if x.ndim != rank:
         form = "[batch, length]" if rank == 2 else "[batch, length, size]"
         raise ValueError(f"{name} must be {form}, got shape {x.shape}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} of shape {x.shape} has no positions; give at least one token a row")
     if x.shape[1] > limit:
         raise ValueError(
             f"{name} has {x.shape[1]} positions, the model has {limit} (max_position_embeddings); truncate the input"

@@ -100,6 +100,8 @@ def multiple_choice(summary: Apply) -> Apply:
 
     def apply(p: Any, c: Any, key: Any = None, **inputs: Any) -> LogitsOutput:
         given = {name: x for name, x in inputs.items() if x is not None}
+        if not given:
+            raise ValueError("give either input_ids or inputs_embeds")
         first = next(iter(given.values()))
         if first.ndim < 3:
             raise ValueError(f"multiple choice takes [batch, choices, length], got {next(iter(given))} {first.shape}")

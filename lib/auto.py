@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,25 +16,32 @@ from formax import hub
 from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import LoadReport, load_params
 from formax.core import registry
+from formax.core import spec as specs
 from formax.core.config import Config, ConfigError
 from formax.core.family import Architecture, Family
+from formax.core.spec import Spec
 from formax.model import Model
 from formax.sharding import DEFAULT_RULES, Rules, shardings
 
 log = logging.getLogger("formax")
+
+# A parameter of more elements than this is a mistake in the configuration: it takes terabytes.
+MAX_ELEMENTS = 2**40
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ConfigError: no such file, not UTF-8, not JSON, or not an object; the message names the file.
+        ConfigError: no such file, unreadable, not UTF-8, not JSON, or not an object; the message names the file.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} holds no {path.name}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and brackets without end
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
@@ -71,29 +80,37 @@ class AutoConfig:
 
     @classmethod
     def for_model(cls, model_type: str, **overrides: Any) -> Config:
-        """The default configuration of a model type, with fields replaced by `overrides`."""
-        found = registry.family(model_type)
-        unknown = [name for name in overrides if not _is_field(found.config, name)]
-        if unknown:
-            found.config().replace(**{unknown[0]: overrides[unknown[0]]})  # raises, naming the nearest fields
-        return found.config.from_dict(overrides, source=f"AutoConfig.for_model({model_type!r})")
+        """The default configuration of a model type, with fields replaced by `overrides`.
 
-
-def _is_field(cls: type[Config], name: str) -> bool:
-    return (
-        name in cls.__dataclass_fields__
-        or name in cls.attribute_map
-        or name in ("num_labels", "torch_dtype", "rope_theta", "rope_scaling")
-    )
+        Raises:
+            ConfigError: a name that is no field (with the nearest), or an impossible value.
+            UnknownModelTypeError: a family formax does not have.
+        """
+        plain = registry.family(model_type).model_type
+        return _config({"model_type": plain}, f"AutoConfig.for_model({model_type!r})", overrides)
 
 
 def read_config(folder: Path, **overrides: Any) -> Config:
     """The configuration in `folder`; see `AutoConfig.from_pretrained`."""
-    values = read_json(folder / "config.json")
+    return _config(read_json(folder / "config.json"), str(folder / "config.json"), overrides)
+
+
+def _config(values: Mapping[str, Any], source: str, overrides: Mapping[str, Any]) -> Config:
+    """The configuration made of a JSON object, in which any key may stand, and of overrides, which must be fields."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
-        raise ConfigError(f'{folder / "config.json"} has no model_type; it must say which family this is, e.g. "bert"')
-    return registry.family(model_type).config.from_dict(values, source=str(folder / "config.json"), **overrides)
+        raise ConfigError(f'{source} has no model_type; it must say which family this is, e.g. "bert"')
+    try:
+        cls = registry.family(model_type).config
+    except registry.UnknownModelTypeError as error:
+        raise registry.UnknownModelTypeError(f"{source}: {error}") from None
+    fields = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels", "torch_dtype", "rope_theta", "rope_scaling")
+    for name in overrides:
+        if name not in values and name not in fields:
+            near = difflib.get_close_matches(name, fields, n=3)
+            hint = f"; the nearest are {', '.join(near)}" if near else ""
+            raise ConfigError(f"{cls.__name__} has no field {name!r}{hint}")
+    return cls.from_dict(values, source=source, **overrides)
 
 
 def load(
@@ -102,6 +119,7 @@ def load(
     *,
     config: Config | Mapping[str, Any] | None = None,
     dtype: Any = None,
+    torch_dtype: Any = None,
     mesh: Any = None,
     rules: Rules = DEFAULT_RULES,
     key: jax.Array | None = None,
@@ -121,6 +139,7 @@ def load(
         task: the Auto class's suffix; None takes the head from config.json.
         config: a configuration to use instead of the checkpoint's own.
         dtype: floating-point dtype of the parameters; None or "auto" keeps what is on disk.
+        torch_dtype: what transformers called `dtype` before.
         mesh: a device mesh; every device then reads its own slices alone.
         rules: logical axis -> mesh axis, see `formax.sharding`.
         key: random key for parameters that the checkpoint does not hold (a new head).
@@ -139,6 +158,8 @@ def load(
     Raises:
         ConfigError, UnknownModelTypeError, CheckpointError, HubError: each names the file and key.
     """
+    if dtype is None:
+        dtype = torch_dtype
     folder = hub.checkpoint(
         path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
     )
@@ -147,10 +168,10 @@ def load(
     elif isinstance(config, Config):
         config = config.replace(**overrides) if overrides else config
     else:
-        config = registry.family(config["model_type"]).config.from_dict({**config, **overrides})
+        config = _config(config, "config", overrides)
     family = registry.family(config.model_type)
     architecture = choose(family, config, task)
-    spec = architecture.spec(config)
+    spec = _spec(architecture, config)
     with open_checkpoint(folder) as checkpoint:
         params, report = load_params(
             checkpoint,
@@ -166,6 +187,22 @@ def load(
     _say(architecture, folder, report)
     model = Model(params, config, architecture, family)
     return (model, report) if output_loading_info else model
+
+
+def _spec(architecture: Architecture, config: Config) -> Spec:
+    """The parameters of an architecture.
+
+    Raises:
+        ConfigError: sizes each of which is possible make a parameter that is not.
+    """
+    spec = architecture.spec(config)
+    for entry in specs.table(spec).entries:
+        if math.prod(entry.param.shape) > MAX_ELEMENTS:
+            raise ConfigError(
+                f"{architecture.name} of this configuration is larger than any memory: {entry.key} would have the "
+                f"shape {entry.param.shape}"
+            )
+    return spec
 
 
 def choose(family: Family, config: Config, task: str | None) -> Architecture:
@@ -185,7 +222,10 @@ def choose(family: Family, config: Config, task: str | None) -> Architecture:
             return found
     if config.architectures:
         names = ", ".join(arch.name for arch in family.architectures)
-        raise ConfigError(f"{config.architectures[0]!r} is none of {family.model_type}'s architectures: {names}")
+        raise ConfigError(
+            f"architectures in config.json names {config.architectures[0]!r}, which is none of {family.model_type}'s: "
+            f"{names}; an Auto class such as AutoModel opens the checkpoint as one of them"
+        )
     return family.architectures[0]
 
 
@@ -245,7 +285,8 @@ class AutoModel:
         """
         family = registry.family(config.model_type)
         architecture = choose(family, config, cls.task)
-        places = None if mesh is None else shardings(architecture.spec(config), mesh, rules)
+        spec = _spec(architecture, config)
+        places = None if mesh is None else shardings(spec, mesh, rules)
         return Model.initialise(config, architecture, family, key, dtype, places)
 
 

@@ -62,6 +62,7 @@ def intervene(model: Model, changes: Mapping[str, Callable[[jax.Array], jax.Arra
 
 
 def places(model: Model, **inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """All places of a forward pass with these inputs and the shapes found there; nothing is computed."""
-    _, seen = jax.eval_shape(lambda m, given: m.run(given, patterns=("**",)), model, inputs)
+    """All places of a forward pass with these inputs (or their shapes) and the shapes found there; computes nothing."""
+    arrays, static = model.sort_inputs(inputs)
+    _, seen = jax.eval_shape(lambda m, given: m.run({**given, **static}, patterns=("**",)), model, arrays)
     return seen

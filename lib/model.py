@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from formax.conversion.load import floating
 from formax.core import spec as specs
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
@@ -32,6 +34,12 @@ COLLECTED = {
     "hidden_states": ("output_hidden_states", ("embed.out", "layers.*.out")),
     "attentions": ("output_attentions", ("layers.*.attn.weights",)),
     "cross_attentions": ("output_attentions", ("layers.*.cross.weights",)),
+}
+# Inputs that are rows of a table: input -> the field of the configuration that has the table's size.
+TABLES = {
+    "input_ids": "vocab_size",
+    "token_type_ids": "type_vocab_size",
+    "position_ids": "max_position_embeddings",
 }
 HEAD_MASKED = ("layers.*.attn.weights", "layers.*.cross.weights")
 
@@ -103,7 +111,9 @@ class Model:
         output_attentions: bool = False,
     ) -> tuple[Any, dict[str, Any]]:
         """The call behind `__call__` and `formax.capture`: (output, {place: value} of the places asked for)."""
-        arrays, static = self._sort_inputs(inputs)
+        arrays, static = self.sort_inputs(inputs)
+        if key is not None and not isinstance(key, jax.Array):
+            raise TypeError(f"key must be a jax.random.key, got {type(key).__name__}; write key=jax.random.key(0)")
         wanted = tuple(
             name
             for name, (switch, _) in COLLECTED.items()
@@ -115,8 +125,13 @@ class Model:
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, head_mask)))
         return _forward(*arguments) if traced else _compiled_forward(*arguments)
 
-    def _sort_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Splits inputs into arrays and static switches; refuses unknown names and ids off the table."""
+    def sort_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Splits inputs into arrays and static switches.
+
+        Raises:
+            TypeError: an input that the family does not take, with the nearest names.
+            ValueError: ragged rows, or ids off their table.
+        """
         known = _input_names(self.family.inputs)
         arrays: dict[str, Any] = {}
         static: dict[str, Any] = {}
@@ -127,10 +142,10 @@ class Model:
                 raise TypeError(f"{self.architecture.name} takes no input {name!r}; {hint}")
             if value is None:
                 continue
-            if isinstance(value, bool | str):
+            if isinstance(value, bool | str) and name not in TABLES:
                 static[name] = value
-            elif isinstance(value, np.ndarray | list | tuple) and not _is_tree(value):
-                arrays[name] = jnp.asarray(_checked(self, name, np.asarray(value)))
+            elif _is_on_host(value):
+                arrays[name] = jnp.asarray(_checked(self, name, value))
             else:
                 arrays[name] = value
         return arrays, static
@@ -152,16 +167,22 @@ class Model:
         return replace(self, **changes)
 
     def astype(self, dtype: Any) -> Self:
-        """A copy with floating-point parameters in `dtype` (a JAX dtype or its name, "bfloat16")."""
-        to = jnp.dtype(dtype)
+        """A copy with floating-point parameters in `dtype` (a JAX dtype or its name, "bfloat16").
+
+        Raises:
+            ValueError: `dtype` is no floating-point type.
+        """
+        to = floating(dtype)
         params = jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, self.params)
         return replace(self, params=params, config=self.config.replace(dtype=to.name))
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of scalars in the tree (tied weights once); without buffers if `only_trainable`."""
-        entries = specs.table(self.spec).entries
-        leaves = specs.flatten(self.params)
-        return sum(int(np.prod(leaves[e.path].shape)) for e in entries if not (only_trainable and e.param.buffer))
+        total = sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(self.params))
+        if not only_trainable:
+            return total
+        buffers = (entry.param.shape for entry in specs.table(self.spec).entries if entry.param.buffer)
+        return total - sum(math.prod(shape) for shape in buffers)
 
     @property
     def spec(self) -> specs.Spec:
@@ -241,8 +262,13 @@ class Model:
         dtype: Any = None,
         shardings: Tree | None = None,
     ) -> Self:
-        """A model with initial parameters."""
-        made = specs.init(architecture.spec(config), key, jnp.dtype(dtype or config.dtype or jnp.float32), shardings)
+        """A model with initial parameters.
+
+        Raises:
+            ValueError: `dtype` (else the configuration's) is no floating-point type.
+        """
+        dtype = config.dtype if dtype is None else dtype
+        made = specs.init(architecture.spec(config), key, floating(dtype or jnp.float32), shardings)
         return cls(made, config, architecture, family)
 
 
@@ -264,11 +290,15 @@ def _forward(
     places = {name: COLLECTED[name][1] for name in wanted}
     interventions = model.interventions
     if head_mask is not None:
-        if head_mask.ndim not in (1, 2):
-            raise ValueError(f"head_mask must be [heads] or [layers, heads], got shape {head_mask.shape}")
+        depth = model.config.num_hidden_layers
+        if head_mask.ndim not in (1, 2) or (head_mask.ndim == 2 and len(head_mask) != depth):
+            raise ValueError(f"head_mask must be [heads] or [{depth} layers, heads], got shape {head_mask.shape}")
 
         def masked(weights: jax.Array, layer: Any) -> jax.Array:
             factors = head_mask if head_mask.ndim == 1 else head_mask[layer]
+            if len(factors) != weights.shape[1]:
+                heads = weights.shape[1]
+                raise ValueError(f"head_mask {head_mask.shape} is for {len(factors)} heads, there are {heads}")
             return weights * factors[None, :, None, None].astype(weights.dtype)
 
         interventions += tuple(Intervention(pattern, masked, indexed=True, required=False) for pattern in HEAD_MASKED)
@@ -293,20 +323,27 @@ def _input_names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in names if name != "key")
 
 
-def _is_tree(value: Any) -> bool:
-    """Whether a list or tuple holds arrays or nodes (a cache), rather than numbers."""
-    return isinstance(value, list | tuple) and any(
-        not isinstance(leaf, int | float | bool) for leaf in jax.tree.leaves(value)
-    )
+def _is_on_host(value: Any) -> bool:
+    """Whether a value is numbers, or an array of another library, or rows of these, rather than a tree (a cache)."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_on_host, value))
+    return isinstance(value, int | float | str) or (hasattr(value, "__array__") and not isinstance(value, jax.Array))
 
 
-def _checked(model: Model, name: str, value: np.ndarray) -> np.ndarray:
+def _checked(model: Model, name: str, given: Any) -> np.ndarray:
     """Numbers from the host, ids inside the vocabulary: a compiled look-up would clip them in silence."""
-    if value.dtype == object or value.dtype.kind in "USO":
-        raise ValueError(f"{name} is not a rectangular array of numbers; pad the rows to one length")
-    limit = getattr(model.config, {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size"}.get(name, ""), None)
-    if limit is not None and value.size and (value.min() < 0 or value.max() >= limit):
-        raise ValueError(f"{name} holds {value.min()} to {value.max()}, outside the table of {limit} rows")
+    try:
+        value = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name} is not a rectangular array of numbers; pad the rows to one length") from None
+    if value.dtype.kind in "USO":
+        raise ValueError(f"{name} must hold numbers, it holds {given!r:.40}; a tokenizer makes ids of text")
+    limit = getattr(model.config, TABLES[name], None) if name in TABLES else None
+    if limit is not None and value.size:
+        if value.dtype.kind not in "iu":
+            raise ValueError(f"{name} must hold whole numbers, it holds {value.dtype}")
+        if value.min() < 0 or value.max() >= limit:
+            raise ValueError(f"{name} holds {value.min()} to {value.max()}, outside the table of {limit} rows")
     return value.astype(np.int32) if value.dtype == np.int64 else value
 
 

@@ -25,5 +25,5 @@ def save(model: Model, directory: Path, max_shard_size: int | str) -> list[Path]
     )
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     return write_checkpoint(
-        directory, tensors, fetch, max_shard_size=max_shard_size, files={"config.json": text.encode()}
+        directory.expanduser(), tensors, fetch, max_shard_size=max_shard_size, files={"config.json": text.encode()}
     )

@@ -1,13 +1,14 @@
 """Logical axes -> mesh axes: declared once for every family.
 
 Parameters name their dimensions ("embed", "heads", "mlp", ...); an ordered list of rules says on which mesh axis each
-is split. A dimension whose mesh axis is taken already, missing from the mesh, or does not divide its size stays whole,
-and `report` says so.
+is split. A dimension whose mesh axis is taken already, missing from the mesh, or does not divide its size follows the
+next rule for it, else stays whole, and `report` says so.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,28 +46,38 @@ class Placement:
 
 
 def placements(spec: Spec, mesh: Any, rules: Rules = DEFAULT_RULES) -> list[Placement]:
-    """One `Placement` a parameter; `mesh` is a `Mesh` or an `AbstractMesh`."""
+    """One `Placement` a parameter; `mesh` is a `Mesh` or an `AbstractMesh`.
+
+    Raises:
+        ValueError: a rule for something that is no logical axis.
+    """
+    unknown = [logical for logical, _ in rules if logical not in specs.AXES]
+    if unknown:
+        raise ValueError(f"rule for {unknown[0]!r}, which is no logical axis; there are {', '.join(specs.AXES)}")
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     return [_place(entry, sizes, rules) for entry in specs.table(spec).entries]
 
 
 def _place(entry: specs.Entry, sizes: dict[str, int], rules: Rules) -> Placement:
     parts: list[Any] = [None] * len(entry.param.shape)
-    remarks: list[str] = []
+    obstacles: dict[int, list[str]] = defaultdict(list)
     taken: set[str] = set()
     for logical, target in rules:
         names = (target,) if isinstance(target, str) else tuple(target)
         for i, axis in enumerate(entry.param.axes):
-            if axis != logical or parts[i] is not None or not all(name in sizes for name in names):
+            if axis != logical or parts[i] is not None:
                 continue
-            ways = math.prod(sizes[name] for name in names)
-            if taken & set(names):
-                remarks.append(f"{axis} is whole: mesh axis {target} is taken by another dimension")
+            ways = math.prod(sizes.get(name, 1) for name in names)
+            if not sizes.keys() >= set(names):
+                obstacles[i].append(f"the mesh has no axis {', '.join(sorted(set(names) - sizes.keys()))}")
+            elif taken & set(names):
+                obstacles[i].append(f"mesh axis {', '.join(names)} is taken by another dimension")
             elif entry.param.shape[i] % ways:
-                remarks.append(f"{axis} is whole: {entry.param.shape[i]} is no multiple of {ways} ({target})")
+                obstacles[i].append(f"{entry.param.shape[i]} is no multiple of {ways} ({', '.join(names)})")
             else:
                 parts[i] = target
                 taken |= set(names)
+    remarks = (f"{entry.param.axes[i]} is whole: {'; '.join(why)}" for i, why in obstacles.items() if parts[i] is None)
     return Placement(entry.key, entry.param.shape, PartitionSpec(*parts), tuple(remarks))
 
 

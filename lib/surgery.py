@@ -23,8 +23,10 @@ def prune_heads(params: Tree, config: Config, heads: Mapping[int, Sequence[int]]
         heads: {layer: head numbers}, numbered as in the unpruned model.
 
     Raises:
-        ValueError: a layer or head that does not exist, or all heads of a layer.
+        ValueError: a layer or head that does not exist, all heads of a layer, or stacked layers, which stay equal.
     """
+    if not isinstance(params["layers"], tuple | list):
+        raise ValueError("stacked layers have equally many heads; unstack the layers before pruning")
     total, head_dim, depth = config.num_attention_heads, config.head_dim, len(params["layers"])
     leaves = flatten(params)
     gone = {int(layer): set(old) for layer, old in config.pruned_heads.items()}
@@ -48,5 +50,5 @@ def prune_heads(params: Tree, config: Config, heads: Mapping[int, Sequence[int]]
             ):
                 leaves[path] = jnp.take(leaf, columns, axis=HEAD_AXIS[str(path[3])])
         gone[layer] = before | set(some)
-    pruned = FrozenDict({layer: tuple(sorted(some)) for layer, some in sorted(gone.items())})
+    pruned = FrozenDict({layer: tuple(sorted(some)) for layer, some in sorted(gone.items()) if some})
     return {"params": unflatten(leaves), "config": config.replace(pruned_heads=pruned)}

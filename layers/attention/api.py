@@ -54,10 +54,8 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"{q.shape[2]} query heads of q {q.shape} cannot share {k.shape[2]} key heads of k {k.shape}")
     mask = mask or Mask()
-    if mask.keys is not None and mask.keys.shape[-1] != k.shape[1]:
-        raise ValueError(
-            f"the mask speaks of {mask.keys.shape[-1]} keys (shape {mask.keys.shape}), k {k.shape} has {k.shape[1]}"
-        )
+    if mask.keys is not None and (mask.keys.shape[-1] != k.shape[1] or mask.keys.shape[0] not in (1, k.shape[0])):
+        raise ValueError(f"the mask speaks of [batch, key] {mask.keys.shape}, k {k.shape} has {k.shape[:2]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return xla.attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, key=key)
 
@@ -78,7 +76,16 @@ class KVCache:
         return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
 
     def append(self, k: jax.Array, v: jax.Array) -> KVCache:
-        """The cache with [B, T, K, D] more keys and values after the filled ones."""
+        """The cache with [B, T, K, D] more keys and values after the filled ones.
+
+        The caller sees to it that they fit: `length` is known only when the program runs, where nothing can be raised,
+        and positions too many would overwrite the last ones.
+
+        Raises:
+            ValueError: more positions than the whole buffer has.
+        """
+        if k.shape[1] > self.k.shape[1]:
+            raise ValueError(f"{k.shape[1]} positions do not fit into a cache of {self.k.shape[1]}")
         start = (0, self.length, 0, 0)
         new_k = jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start)
         new_v = jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start)
@@ -108,7 +115,12 @@ def attention_spec(
 
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     """[B, T, heads * D] -> [B, T, heads, D]."""
-    return x.reshape(*x.shape[:-1], -1, head_dim)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, T, heads, D] -> [B, T, heads * D]."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def self_attention(
@@ -137,7 +149,7 @@ def self_attention(
         if callable(bias):
             bias = bias(q, k)
         out = attention(q, k, v, mask=mask, bias=bias, dropout=dropout, key=key)
-        return tap.tap("out", linear(p["o"], out.reshape(*x.shape[:-1], -1))), cache
+        return tap.tap("out", linear(p["o"], merge_heads(out))), cache
 
 
 def cross_attention(
@@ -168,4 +180,4 @@ def cross_attention(
         else:
             raise ValueError("cross-attention needs encoder_hidden_states, or a cache that holds their keys and values")
         out = attention(q, k, v, mask=mask, dropout=dropout, key=key)
-        return tap.tap("out", linear(p["o"], out.reshape(*x.shape[:-1], -1))), cache
+        return tap.tap("out", linear(p["o"], merge_heads(out))), cache

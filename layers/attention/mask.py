@@ -44,7 +44,7 @@ class Mask:
     dense: jax.Array | None = None
 
     def __and__(self, other: Mask) -> Mask:
-        """Both masks at once.
+        """Both masks at once, field by field: `q_offset` and `prefix` of either then hold for the whole.
 
         Raises:
             ValueError: a field other than `causal`, `keys` and `dense` is set in both, with different values.
@@ -56,7 +56,7 @@ class Mask:
                 continue
             if a is f.default:
                 merged[f.name] = b
-            elif b is f.default or b is a:
+            elif b is f.default or b is a or (_is_static(a) and _is_static(b) and a == b):
                 merged[f.name] = a
             elif f.name in ("keys", "dense"):
                 merged[f.name] = a & b
@@ -95,6 +95,11 @@ class Mask:
         for part in parts[1:]:
             out = out & part
         return out
+
+
+def _is_static(value: Any) -> bool:
+    """Whether the value is numbers of Python, which can be compared while a program is traced."""
+    return isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(x, int | None) for x in value))
 
 
 def from_attention_mask(

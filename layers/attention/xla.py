@@ -35,7 +35,8 @@ def attention(
         scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1)
     if allowed is not None:
-        weights = jnp.where(allowed.any(-1, keepdims=True), weights, 0)  # a query that may look nowhere gets zeros
+        # Once more for queries that may look nowhere: where all scores are equally low, all keys would get a share.
+        weights = jnp.where(allowed, weights, 0)
     weights = tap.tap("weights", drop(weights, dropout, key).astype(v.dtype))
     out = jnp.einsum("bkgts,bskd->btkgd", weights.reshape(b, groups, h // groups, t, s), v)
     return out.reshape(b, t, h, v.shape[-1])

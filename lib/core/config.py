@@ -17,10 +17,13 @@ import difflib
 import logging
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Self
+
+import numpy as np
 
 from formax.core.frozen import FrozenDict, freeze, thaw
 
@@ -89,6 +92,10 @@ INERT = frozenset(
     }
 )
 
+# Keys for which null means "not given".
+NEVER_NULL = frozenset({"id2label", "label2id", "num_labels", "pruned_heads"})
+ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # A dimension beyond this is a damaged or hostile file, not a model: no array of that size can be indexed in 32 bits.
@@ -120,7 +127,7 @@ class Config:
     is_decoder: bool = False
     add_cross_attention: bool = False
     id2label: FrozenDict = field(default_factory=lambda: _label_map(2))
-    label2id: FrozenDict = field(default_factory=lambda: _inverse(_label_map(2)))
+    label2id: FrozenDict = field(default_factory=FrozenDict)  # empty means: the inverse of id2label
     problem_type: str | None = None
     bos_token_id: int | None = None
     pad_token_id: int | None = None
@@ -143,62 +150,64 @@ class Config:
         Raises:
             ConfigError: an impossible value, or a switch whose value is not implemented.
         """
-        merged = {**cls._named(values), **cls._named(overrides)}
+        with _told(source):
+            rope = {"rope_parameters": cls().rope_parameters} if _has_rope(cls) else {}
+            merged = cls._named(overrides, cls._named(values, rope))
         named_type = merged.pop("model_type", cls.model_type)
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        known: dict[str, Any] = {}
-        extra: dict[str, Any] = dict(merged.pop("extra", {}))
-        for key, value in merged.items():
-            if key in fields:
-                known[key] = (
-                    cls.sub_configs[key].from_dict(value, source=f"{source}: {key}")
-                    if key in cls.sub_configs and isinstance(value, Mapping)
-                    else freeze(value)
-                )
-            else:
-                extra[key] = value
+        fields = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        known = {key: value for key, value in merged.items() if key in fields}
+        extra = {key: value for key, value in merged.items() if key not in fields}
+        for key, sub_config in cls.sub_configs.items():
+            if isinstance(known.get(key), Mapping):
+                known[key] = sub_config.from_dict(known[key], source=f"{source}: {key}")
         if named_type != cls.model_type:
             extra["model_type"] = named_type
-        unknown = sorted(key for key in extra if key not in INERT and key != "model_type" and not key.startswith("_"))
+        silent = {"model_type", *INERT, *cls.implemented}
+        unknown = sorted(key for key in extra if key not in silent and not key.startswith("_"))
         if unknown:
             _report_unknown(cls.__name__, source, tuple(unknown))
-        for key, convert in (("id2label", int), ("pruned_heads", int)):
-            if isinstance(known.get(key), Mapping):
-                known[key] = FrozenDict({convert(k): v for k, v in known[key].items()})
-        try:
-            config = cls(**known, extra=FrozenDict(extra))
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
-        return config
+        with _told(source):
+            return cls(**known, extra=FrozenDict(extra))
 
     @classmethod
-    def _named(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Our field names for the aliases, old and new spellings of the reference; `num_labels` becomes label maps."""
-        out = {cls.attribute_map.get(key, key): value for key, value in values.items()}
-        if "torch_dtype" in out:
-            out.setdefault("dtype", out["torch_dtype"])
-            del out["torch_dtype"]
-        if out.get("dtype") is not None:
-            out["dtype"] = str(out["dtype"]).removeprefix("torch.")
-        if "num_labels" in out:
-            count = out.pop("num_labels")
-            if out.get("id2label") is None or len(out["id2label"]) != count:
-                out["id2label"] = _label_map(count)
-                out["label2id"] = _inverse(out["id2label"])
-        elif out.get("id2label") is not None and out.get("label2id") is None:
-            out["label2id"] = _inverse(out["id2label"])
-        for key in ("id2label", "label2id", "pruned_heads"):
-            if key in out and out[key] is None:
-                del out[key]
-        if "rope_parameters" in {f.name for f in dataclasses.fields(cls)}:
-            out = rope_parameters(out)
-        return out
+    def _named(cls, values: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+        """`before` with `values` in the place of its own, under our field names.
+
+        Aliases, and old and new spellings of the reference, are understood. What speaks of a part leaves the rest as it
+        was: `num_labels` keeps the labels when their number stays, `rope_theta` keeps the scaling, a dict for a
+        configuration inside this one keeps the fields that it does not name.
+        """
+        new = {cls.attribute_map.get(key, key): value for key, value in values.items()}
+        old_spelling = new.pop("torch_dtype", None)
+        dtype = old_spelling if new.get("dtype") is None else new["dtype"]
+        if dtype is not None:
+            new["dtype"] = _dtype_name(dtype)
+        new = {key: value for key, value in new.items() if value is not None or key not in NEVER_NULL}
+        count = new.pop("num_labels", None)
+        if count is not None:
+            labels = new.get("id2label", before.get("id2label"))
+            if labels is None or (isinstance(labels, Mapping) and len(labels) != count):
+                new = {**new, "id2label": _label_map(count), "label2id": FrozenDict()}
+        if "id2label" in new:
+            new.setdefault("label2id", FrozenDict())
+        for key in cls.sub_configs:
+            inner = before.get(key)
+            inner = inner.to_dict() if isinstance(inner, Config) else inner
+            if isinstance(inner, Mapping) and isinstance(new.get(key), Mapping):
+                new[key] = {**inner, **new[key]}
+        if _has_rope(cls):
+            new = rope_parameters(new, before.get("rope_parameters"))
+        return {**before, **new}
 
     # --- checks
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
         hints = _type_hints(kind)
+        for key in ("id2label", "pruned_heads"):
+            object.__setattr__(self, key, _numbered(key, getattr(self, key)))
+        if not self.label2id:
+            object.__setattr__(self, "label2id", _inverse(self.id2label))
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             object.__setattr__(self, f.name, value := freeze(value))
@@ -212,6 +221,7 @@ class Config:
                 raise ConfigError(f"{key}={value!r} is a switch that formax does not implement; it has {options}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ConfigError(f"problem_type={self.problem_type!r} is none of {', '.join(PROBLEM_TYPES)}")
+        _check_pruned(self.pruned_heads, getattr(self, "num_attention_heads", None))
         self.check()
 
     def check(self) -> None:
@@ -242,16 +252,23 @@ class Config:
             object.__setattr__(self, "_hash", cached)
         return cached
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Text hashes differently in every process: the cached hash must not travel.
+        return {key: value for key, value in self.__dict__.items() if key != "_hash"}
+
     # --- writing
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, by field name, alias or `num_labels`; a name nobody knows is an error."""
-        named = self._named(changes)
-        fields = {f.name for f in dataclasses.fields(self)}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        named = self._named(changes, fields)
         for key in named:
             if key not in fields:
                 raise ConfigError(f"{type(self).__name__} has no field {key!r}{_nearest(key, fields)}")
-        return dataclasses.replace(self, **named)
+        for key, sub_config in self.sub_configs.items():
+            if isinstance(named[key], Mapping):
+                named[key] = sub_config.from_dict(named[key], source=key)
+        return type(self)(**named)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json: the family's own fields, the shared ones that differ, and `extra`."""
@@ -267,7 +284,7 @@ class Config:
             out[f.name] = value.to_dict() if isinstance(value, Config) else thaw(value)
         out["model_type"] = self.model_type
         out |= thaw(self.extra)
-        if "rope_parameters" in out:
+        if out.get("rope_parameters") is not None:
             out |= v4_rope(out.pop("rope_parameters"))
         return dict(sorted(out.items()))
 
@@ -280,35 +297,56 @@ def config(cls: type[Any]) -> type[Any]:
     return made
 
 
-def rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
+def rope_parameters(values: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Rotary settings in one form: `rope_parameters` with `rope_type` and `rope_theta`, whatever the file's age.
 
     Version 4 of the reference wrote `rope_theta` beside `rope_scaling` (whose kind was called `type` before
     `rope_type`); version 5 writes `rope_parameters`, or one such object for each kind of layer.
+
+    Args:
+        values: settings, rotary ones among them.
+        before: the `rope_parameters` that they change; what they leave unsaid stays as it was there.
+
+    Raises:
+        ConfigError: a setting that is no object, or one for all layers where `before` has one for each kind of layer.
     """
-    out = dict(values)
-    theta, scaling = out.pop("rope_theta", None), out.pop("rope_scaling", None)
-    new = out.get("rope_parameters")
-    if new is None and theta is None and scaling is None:
-        out.pop("rope_parameters", None)
-        return out
-    merged = dict(scaling or {}) if new is None else dict(new)
-    if any(isinstance(value, Mapping) for value in merged.values()):
-        return out  # one object for each kind of layer: already the new form
-    if theta is not None:
-        merged.setdefault("rope_theta", theta)
+    out = {key: value for key, value in values.items() if key not in ROPE_KEYS}
+    new, theta, scaling = (values.get(key) for key in ROPE_KEYS)
+    for key, value in (("rope_parameters", new), ("rope_scaling", scaling)):
+        if not isinstance(value, Mapping | None):
+            raise ConfigError(f"{key} must be an object, got {value!r}")
+    old = dict(before or {})
+    if new is not None and _by_layer_type(new):
+        return {**out, "rope_parameters": new}
+    if new is None:
+        resets = "rope_scaling" in values and bool(old) and not _by_layer_type(old)
+        if theta is None and scaling is None and not resets:
+            return out
+        if _by_layer_type(old):
+            key = "rope_scaling" if theta is None else "rope_theta"
+            raise ConfigError(f"{key} is for all layers; give rope_parameters, one object for each kind of layer")
+        new = scaling or {} if "rope_scaling" in values else {k: v for k, v in old.items() if k != "rope_theta"}
+    merged = dict(new)
     kind = merged.pop("type", None)
     merged.setdefault("rope_type", kind or "default")
-    out["rope_parameters"] = merged
-    return out
+    merged.setdefault("rope_theta", old.get("rope_theta") if theta is None else theta)
+    return {**out, "rope_parameters": {key: value for key, value in merged.items() if value is not None}}
+
+
+def _by_layer_type(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in parameters.values())
+
+
+def _has_rope(cls: type[Config]) -> bool:
+    return "rope_parameters" in cls.__dataclass_fields__
 
 
 def v4_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` as version 4 writes it, which version 5 reads as well."""
-    if any(isinstance(value, Mapping) for value in parameters.values()):
+    if _by_layer_type(parameters):
         return {"rope_parameters": dict(parameters)}
     rest = {key: value for key, value in parameters.items() if key != "rope_theta"}
-    out: dict[str, Any] = {"rope_scaling": None if rest.get("rope_type", "default") == "default" else rest}
+    out: dict[str, Any] = {"rope_scaling": None if rest == {"rope_type": "default"} else rest}
     if "rope_theta" in parameters:
         out["rope_theta"] = parameters["rope_theta"]
     return out
@@ -326,7 +364,47 @@ def _inverse(labels: Mapping[Any, str]) -> FrozenDict:
 
 def _own(cls: type[Config]) -> set[str]:
     """Shared fields that a family declares again (with another default): always written, as the reference does."""
-    return {name for base in cls.__mro__[: cls.__mro__.index(Config)] for name in vars(base).get("__annotations__", {})}
+    shared = Config.__dataclass_fields__
+    return {name for name, f in cls.__dataclass_fields__.items() if f is not shared.get(name)}
+
+
+def _numbered(name: str, value: Any) -> FrozenDict:
+    """A mapping from numbers, whose keys JSON made text."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be an object with numbers as keys, got {value!r}")
+    for key in value:
+        if not isinstance(key, int) and not str(key).isdecimal():
+            raise ConfigError(f"{name} must have numbers as keys, got {key!r}")
+    return FrozenDict({int(key): item for key, item in value.items()})
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype given as text, or as an object of NumPy, JAX or PyTorch."""
+    name = str(dtype).removeprefix("torch.")
+    if isinstance(dtype, str) or name != str(dtype):
+        return name
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        raise ConfigError(f"dtype must be the name of a dtype, got {dtype!r}") from None
+
+
+def _check_pruned(pruned: Mapping[int, Any], total: Any) -> None:
+    for layer, heads in pruned.items():
+        fit = isinstance(heads, tuple) and all(_fits(head, int) and head >= 0 for head in heads)
+        if not fit or len(set(heads)) != len(heads):
+            raise ConfigError(f"pruned_heads must have different head numbers for layer {layer}, got {heads!r}")
+        if isinstance(total, int) and heads and (max(heads) >= total or len(heads) >= total):
+            raise ConfigError(f"pruned_heads has {heads} for layer {layer}, which has {total} heads and must keep one")
+
+
+@contextmanager
+def _told(source: str) -> Iterator[None]:
+    """Errors of what is inside say where the values came from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _nearest(name: str, names: Any) -> str:

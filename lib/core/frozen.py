@@ -29,6 +29,10 @@ class FrozenDict(Mapping[Any, Any]):
             self._hash = hash(frozenset(self._data.items()))
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Text hashes differently in every process: the cached hash must not travel.
+        return FrozenDict, (self._data,)
+
     def __repr__(self) -> str:
         return f"FrozenDict({self._data!r})"
 

@@ -2,7 +2,8 @@
 
 A *leaf* is an array of our parameter tree, a *stored* tensor is what the checkpoint file holds. `read` turns the second
 into the first and `store` is its inverse, bit for bit. Both work on NumPy views: reading a slice of a leaf from a
-memory-mapped file touches the pages of that slice alone (but for `Part` over interleaved groups and `Stacked`).
+memory-mapped file touches the pages of that slice alone (but for `Patch` and for `Part` over interleaved groups, which
+copy the leaf first).
 
 Kernels of formax are `(in, out)` and convolutions channels-last, as in Flax; PyTorch stores `(out, in)` and
 channels-first. Which layout applies is declared by kind and never guessed from the number of dimensions.
@@ -114,6 +115,7 @@ class Part(Layout):
     With `groups` > 1 the parts are interleaved: the axis is `groups` runs, each holding every part in turn (as
     GPT-NeoX and BLOOM interleave q, k and v per head). The leaf then is the concatenation of its pieces, a copy.
     `sizes` are the lengths of all parts along the axis, over all groups. `then` applies to the part after it is cut.
+    A part is not stored alone: `join` takes the place of `store`.
     """
 
     index: int
@@ -123,11 +125,15 @@ class Part(Layout):
     then: Layout = SAME
 
     def __post_init__(self) -> None:
+        if not 0 <= self.index < len(self.sizes) or self.axis < 0:
+            raise ValueError(f"there is no part {self.index} along axis {self.axis} of parts of sizes {self.sizes}")
         if any(size % self.groups for size in self.sizes):
             raise ValueError(f"parts of sizes {self.sizes} cannot be interleaved in {self.groups} groups")
 
     def stored_shape(self, shape: Shape) -> Shape:
         part = self.then.stored_shape(shape)
+        if part[self.axis] != self.sizes[self.index]:
+            raise ValueError(f"a leaf of shape {shape} is no part {self.index} of sizes {self.sizes}, axis {self.axis}")
         return (*part[: self.axis], sum(self.sizes), *part[self.axis + 1 :])
 
     def load(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
@@ -138,6 +144,9 @@ class Part(Layout):
         grouped = stored.reshape((*before, self.groups, sum(run), *after))
         cut = (slice(None),) * (self.axis + 1) + (slice(start, start + run[self.index]),)
         return self.then.load(grouped[cut].reshape(part_shape), shape)
+
+    def store(self, leaf: np.ndarray) -> np.ndarray:
+        raise TypeError("a part is stored together with the others: join them")
 
     def join(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
         """All leaves, in the order of `sizes` -> the stored tensor."""
@@ -155,7 +164,8 @@ class Part(Layout):
 class Stacked(Layout):
     """Many equal stored tensors as one leaf with a leading axis, such as experts; the name holds `{}` for the number.
 
-    Reading a slice of the leading axis opens only the tensors in that slice.
+    Reading a slice of the leading axis opens only the tensors in that slice. `read` and `split` take the place of
+    `load` and `store`, which are about one tensor.
     """
 
     count: int
@@ -167,6 +177,12 @@ class Stacked(Layout):
     def stored_shape(self, shape: Shape) -> Shape:
         return self.then.stored_shape(shape[1:])
 
+    def load(self, stored: np.ndarray, shape: Shape) -> np.ndarray:
+        raise TypeError("stacked tensors are several: read them")
+
+    def store(self, leaf: np.ndarray) -> np.ndarray:
+        raise TypeError("stacked tensors are several: split the leaf")
+
     def read(self, get: Callable[[str], np.ndarray], name: str, shape: Shape, index: Index) -> np.ndarray:
         rest = index[1:]
         picked = self.names(name)[index[0]]
@@ -176,7 +192,7 @@ class Stacked(Layout):
             if out is None:
                 out = np.empty((len(picked), *part.shape), part.dtype)
             out[row] = part
-        return np.empty((0, *shape[1:])) if out is None else out
+        return np.empty((0, *shape[1:]))[:, *rest] if out is None else out
 
     def split(self, leaf: np.ndarray) -> list[np.ndarray]:
         """The leaf -> its stored tensors, in order."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -203,7 +203,7 @@ def table(spec: Spec) -> Table:
     """Flattens a spec.
 
     Raises:
-        ValueError: two leaves claim the same checkpoint tensor, or a tie names no leaf.
+        ValueError: two leaves claim the same checkpoint tensor, parts of one do not make it up, or a tie names no leaf.
     """
     entries: list[Entry] = []
     tied: dict[str, str] = {}
@@ -233,8 +233,14 @@ def table(spec: Spec) -> Table:
             raise ValueError(f"{name!r} is declared tied to {target!r}, which is no parameter of this tree")
     out = Table(tuple(entries), tied, frozenset(ignored))
     for name, found in out.stored().items():
-        if len(found) > 1 and not all(isinstance(entry.param.layout, Part) for entry in found):
+        layouts = [entry.param.layout for entry in found]
+        if len(found) > 1 and not all(isinstance(layout, Part) for layout in layouts):
             raise ValueError(f"{', '.join(entry.key for entry in found)} all claim the checkpoint tensor {name!r}")
+        if isinstance(layouts[0], Part):
+            whole = [replace(layouts[0], index=i) for i in range(len(layouts[0].sizes))]
+            if layouts != whole:
+                parts = ", ".join(f"{entry.key} ({entry.param.layout})" for entry in found)
+                raise ValueError(f"the checkpoint tensor {name!r} must be made of all its parts, once each: {parts}")
     return out
 
 
@@ -256,7 +262,9 @@ def unflatten(values: Mapping[Path, Any]) -> Tree:
     for path, value in values.items():
         groups[path[0]][path[1:]] = value
     if groups and all(isinstance(key, int) for key in groups):
-        return tuple(unflatten(group) for group in groups.values())
+        if groups.keys() != set(range(len(groups))):
+            raise ValueError(f"a tuple cannot have the places {sorted(groups, key=int)} only")
+        return tuple(unflatten(groups[i]) for i in range(len(groups)))
     return {key: unflatten(group) for key, group in groups.items()}
 
 
@@ -403,6 +411,9 @@ def fold(
 
     Returns:
         `x` after the last layer, and the new caches in the form they came in.
+
+    Raises:
+        ValueError: another number of caches or data than of layers.
     """
 
     def run(p: Tree, x: Any, cache: Any, key: jax.Array | None, data: Any) -> tuple[Any, Any]:
@@ -410,6 +421,9 @@ def fold(
         return tap.tap("out", out), cache
 
     if isinstance(layers, tuple | list):
+        for what, given in (("caches", cache), ("data", data)):
+            if given is not None and len(given) != len(layers):
+                raise ValueError(f"{len(layers)} layers need as many {what}, got {len(given)}")
         caches = []
         for i, p in enumerate(layers):
             with tap.scope(name), tap.scope(str(i)):
@@ -432,4 +446,4 @@ def fold(
         body = jax.checkpoint(scanned) if remat else scanned
         x, (new, seen) = jax.lax.scan(body, x, (jnp.arange(depth), layers, cache, data))
         tap.emit(seen, depth)
-    return x, new
+    return x, None if cache is None else new

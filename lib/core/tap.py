@@ -196,19 +196,21 @@ def _intervene(item: Intervention, value: Any, places: Sequence[str], state: Wat
         new = item.change(value, index)
     else:
         new = item.change(value)
-    _check_same(item, value, new, places[chosen[0]])
+    new = _as_before(item, value, new, places[chosen[0]])
     if len(chosen) == len(places):
         return new
     here = jnp.isin(state.index, jnp.asarray(chosen))
     return jax.tree.map(lambda a, b: jnp.where(here, a, b), new, value)
 
 
-def _check_same(item: Intervention, old: Any, new: Any, place: str) -> None:
+def _as_before(item: Intervention, old: Any, new: Any, place: str) -> Any:
+    """The new value in the dtype of the old one, so that what follows computes as it would; another shape raises."""
     shapes = [jax.tree.map(jnp.shape, value) for value in (old, new)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"the intervention {item.pattern!r} turned {place} of shape {shapes[0]} into {shapes[1]}; keep the shape"
         )
+    return jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), old, new)
 
 
 def _layer_number(place: str) -> int:

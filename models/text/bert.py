@@ -166,6 +166,8 @@ def encode(
 ) -> Any:
     """Embeddings and all layers: ids [B, T] -> (states [B, T, E], cache)."""
     embed.check_inputs(input_ids, inputs_embeds, c.max_position_embeddings)
+    if cache is not None and not c.is_decoder:
+        raise ValueError("a cache needs is_decoder=True: an encoder's states change with every token that follows")
     k_embed, k_layers = split(key, 2)
     offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
     x = embeddings(p["embed"], c, input_ids, token_type_ids, position_ids, inputs_embeds, offset, k_embed)
@@ -175,7 +177,7 @@ def encode(
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, x, mask, cross_mask, encoder_hidden_states, cache, key)
 
-    return fold(run, p["layers"], x, cache=cache, key=k_layers)
+    return fold(run, p.get("layers", ()), x, cache=cache, key=k_layers)  # a tree has no empty branches
 
 
 def pool(p: Any, x: jax.Array) -> jax.Array:
