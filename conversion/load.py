@@ -148,7 +148,8 @@ def make_plan(
     explained = used | {rename(name) for name in table.known_names()}
     rest = [name for name in checkpoint if name not in explained]
     left_out: list[str] = []
-    if rest:
+    # A file without most of the model is another model, or the configuration is absurd: no head explains the rest.
+    if rest and len(missing) <= len(found):
         others = siblings()
         others |= (
             {f"{base}.{name}" for name in others} | {name.removeprefix(f"{base}.") for name in others}
@@ -224,15 +225,12 @@ def _read(checkpoint: Checkpoint, entry: Entry, name: str, dtype: Any, sharding:
     """One leaf, from the mapped file to its devices; the file's pages are let go afterwards."""
     layout, shape = entry.param.layout, entry.param.shape
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        view = layout.read(checkpoint.read, name, shape, index)
+    def part(index: tuple[slice, ...] | None = None) -> np.ndarray:
+        view = layout.read(checkpoint.read, name, shape, index or (slice(None),) * len(shape))
         # A strided view goes to the runtime as it is: its blocked transpose is several times faster than NumPy's.
         return _owned(view) if dtype is None else view.astype(dtype)
 
-    if sharding is None:
-        leaf = jax.device_put(part((slice(None),) * len(shape)))
-    else:
-        leaf = jax.make_array_from_callback(shape, sharding, part)
+    leaf = jax.device_put(part()) if sharding is None else jax.make_array_from_callback(shape, sharding, part)
     leaf.block_until_ready()
     for one in layout.names(name):
         checkpoint.release(one)

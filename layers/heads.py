@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core.family import Architecture
 from formax.core.outputs import LogitsOutput, QuestionAnsweringOutput
 from formax.core.rng import fold_path
 from formax.core.spec import At, Param, Spec, Tied, normal, under
@@ -119,3 +120,23 @@ def question_answering(encode: Apply) -> Apply:
         return QuestionAnsweringOutput(start_logits=start, end_logits=end)
 
     return apply
+
+
+def label_heads(name: str, plain: Apply, pooled: Apply, encode: Apply, summary: Apply) -> tuple[Architecture, ...]:
+    """The four heads that give labels, named and stored as BERT's.
+
+    Args:
+        name: what the class names begin with.
+        plain: `plain(head) -> spec` of the encoder with a head.
+        pooled: the same with the pooler between.
+        encode: see above.
+        summary: see above.
+    """
+    labels, choice, span = linear_head("classifier"), linear_head("classifier", 1), linear_head("qa_outputs")
+    table: dict[str, tuple[Apply, Apply]] = {
+        "ForSequenceClassification": (pooled(labels), sequence_classification(summary)),
+        "ForMultipleChoice": (pooled(choice), multiple_choice(summary)),
+        "ForTokenClassification": (plain(labels), token_classification(encode)),
+        "ForQuestionAnswering": (plain(span), question_answering(encode)),
+    }
+    return tuple(Architecture(name + task, task, spec, apply) for task, (spec, apply) in table.items())

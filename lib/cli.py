@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # Errors that say that what the user named is wrong, in one line that is worth reading.
 _BAD_INPUT = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+# A progress bar hides the cursor.
+_SHOW_CURSOR = b"\x1b[?25h"
 _EXCERPT_LINES = 3
 # From how many texts on a progress bar is worth its lines.
 _LONG = 64
@@ -36,14 +41,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+    with _clean_interrupts():
+        try:
+            return _run(arguments)
+        except BrokenPipeError:
+            # Whoever read our output, `head` for one, has enough. Python flushes once more as it ends: into nothing.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
+
+
+@contextmanager
+def _clean_interrupts() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once.
+
+    A `KeyboardInterrupt` would not do: one that falls into the callback that jax has the garbage collector call is
+    lost, and one that falls into the import of jax crashes the interpreter as it ends.
+    """
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, _interrupted)
     try:
-        return _run(arguments)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output, `head` for one, has enough. Python flushes once more as it ends: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupted(*_: object) -> None:
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), _SHOW_CURSOR)
+    os._exit(INTERRUPTED)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

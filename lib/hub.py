@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-CONFIG_FILES = ("*.json", "*.txt", "*.model", "*/config.json")
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*/config.json")
 WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
 
 

@@ -72,8 +72,9 @@ class KVCache:
     @staticmethod
     def empty(batch: int, length: int, heads: int, head_dim: int, dtype: Any = jnp.float32) -> KVCache:
         """A cache with room for `length` positions."""
-        zeros = jnp.zeros((batch, length, heads, head_dim), dtype)
-        return KVCache(zeros, zeros, jnp.zeros((), jnp.int32))
+        shape = (batch, length, heads, head_dim)
+        # Two arrays, not one twice: a buffer cannot be donated twice.
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
     def append(self, k: jax.Array, v: jax.Array) -> KVCache:
         """The cache with [B, T, K, D] more keys and values after the filled ones.

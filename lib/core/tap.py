@@ -138,8 +138,8 @@ def isolate(function: Callable[..., Any], *, remat: bool) -> Callable[..., Any]:
     if not remat:
         return function
     state = _current.get()
-    if state is None:
-        return jax.checkpoint(function)
+    if state is None or not (state.patterns or state.interventions):
+        return jax.checkpoint(function)  # of one function, so that equal layers are traced once
 
     def inner(*args: Any) -> tuple[Any, dict[str, Any]]:
         outer, state.seen = state.seen, {}

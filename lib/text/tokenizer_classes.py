@@ -42,15 +42,9 @@ def _tokens(**tokens: str) -> dict[str, str]:
 
 
 _BERT_TOKENS = _tokens(unk="[UNK]", sep="[SEP]", pad="[PAD]", cls="[CLS]", mask="[MASK]")
-_BART_TOKENS = _tokens(
-    bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>"
-)
-_ALBERT_TOKENS = _tokens(
-    bos="[CLS]", eos="[SEP]", unk="<unk>", sep="[SEP]", pad="<pad>", cls="[CLS]", mask="[MASK]"
-)
-_XLNET_TOKENS = _tokens(
-    bos="<s>", eos="</s>", unk="<unk>", sep="<sep>", pad="<pad>", cls="<cls>", mask="<mask>"
-)
+_BART_TOKENS = _tokens(bos="<s>", eos="</s>", unk="<unk>", sep="</s>", pad="<pad>", cls="<s>", mask="<mask>")
+_ALBERT_TOKENS = _tokens(bos="[CLS]", eos="[SEP]", unk="<unk>", sep="[SEP]", pad="<pad>", cls="[CLS]", mask="[MASK]")
+_XLNET_TOKENS = _tokens(bos="<s>", eos="</s>", unk="<unk>", sep="<sep>", pad="<pad>", cls="<cls>", mask="<mask>")
 _GPT2_TOKENS = _tokens(bos="<|endoftext|>", eos="<|endoftext|>", unk="<|endoftext|>")
 _LLAMA_TOKENS = _tokens(bos="<s>", eos="</s>", unk="<unk>")
 _T5_TOKENS = _tokens(eos="</s>", unk="<unk>", pad="<pad>")
@@ -75,14 +69,10 @@ CLASSES: dict[str, TokenizerClass] = {
     "BartTokenizer": _BART,
     "BarthezTokenizer": _BART,
     "BertTokenizer": _BERT,
-    "BigBirdTokenizer": TokenizerClass(
-        _BART_TOKENS | _tokens(sep="[SEP]", cls="[CLS]", mask="[MASK]"), WITHOUT_TYPES
-    ),
+    "BigBirdTokenizer": TokenizerClass(_BART_TOKENS | _tokens(sep="[SEP]", cls="[CLS]", mask="[MASK]"), WITHOUT_TYPES),
     "BlenderbotTokenizer": _BART,
     "BloomTokenizer": TokenizerClass(_LLAMA_TOKENS | _tokens(pad="<pad>"), WITHOUT_TYPES),
-    "CLIPTokenizer": TokenizerClass(
-        _GPT2_TOKENS | _tokens(bos="<|startoftext|>", pad="<|endoftext|>"), WITHOUT_TYPES
-    ),
+    "CLIPTokenizer": TokenizerClass(_GPT2_TOKENS | _tokens(bos="<|startoftext|>", pad="<|endoftext|>"), WITHOUT_TYPES),
     "CamembertTokenizer": _BART,
     "CodeGenTokenizer": _GPT2,
     "CodeLlamaTokenizer": _LLAMA,
@@ -100,9 +90,7 @@ CLASSES: dict[str, TokenizerClass] = {
     "DebertaV2Tokenizer": TokenizerClass(_ALBERT_TOKENS | _tokens(unk="[UNK]", pad="[PAD]")),
     "DistilBertTokenizer": _BERT_WITHOUT_TYPES,
     "ElectraTokenizer": _BERT,
-    "FNetTokenizer": TokenizerClass(
-        _BERT_TOKENS | _tokens(unk="<unk>", pad="<pad>"), ("input_ids", "token_type_ids")
-    ),
+    "FNetTokenizer": TokenizerClass(_BERT_TOKENS | _tokens(unk="<unk>", pad="<pad>"), ("input_ids", "token_type_ids")),
     "FunnelTokenizer": TokenizerClass(_XLNET_TOKENS, normalizer_switches=_ALL_SWITCHES),
     "GPT2Tokenizer": _GPT2,
     "GPTNeoXTokenizer": _GPT2,
@@ -200,8 +188,8 @@ _MODEL_TYPES = {
     "NllbTokenizer": "nllb nllb-moe",
     "OpenAIGPTTokenizer": "openai-gpt",
     "PegasusTokenizer": "bigbird_pegasus pegasus pegasus_x",
-    "PreTrainedTokenizer": "bitnet blt csm falcon glm glm4 glm4_moe glm4v glm4v_moe gpt_oss helium kosmos-2.5 modernbert"
-    " moonshine moshi nemotron pixtral smollm3 voxtral",
+    "PreTrainedTokenizer": "bitnet blt csm falcon glm glm4 glm4_moe glm4v glm4v_moe gpt_oss helium kosmos-2.5"
+    " modernbert moonshine moshi nemotron pixtral smollm3 voxtral",
     "Qwen2Tokenizer": "colqwen2 internvl qwen2 qwen2_5_omni qwen2_5_vl qwen2_audio qwen2_moe qwen2_vl qwen3 qwen3_moe"
     " qwen3_next qwen3_omni_moe qwen3_vl qwen3_vl_moe",
     "RealmTokenizer": "realm",

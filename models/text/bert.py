@@ -70,13 +70,8 @@ class BertConfig(Config):
 def block_spec(c: BertConfig, layer: int) -> dict[str, Spec]:
     """One layer."""
     init = normal(c.initializer_range)
-    attn = partial(
-        attention_spec,
-        c.hidden_size,
-        head_dim=c.head_dim,
-        names=("self.query", "self.key", "self.value", "output.dense"),
-        init=init,
-    )
+    names = ("self.query", "self.key", "self.value", "output.dense")
+    attn = partial(attention_spec, c.hidden_size, head_dim=c.head_dim, names=names, init=init)
     own = attn(c.heads_of(layer))
     if c.position_embedding_type != "absolute":
         own["distance"] = relative_key_spec("self.distance_embedding", c.max_position_embeddings, c.head_dim, init)
@@ -96,7 +91,8 @@ def block(p: Any, c: BertConfig, x: Any, mask: Any, cross_mask: Any, memory: Any
     """Post-norm: what each part computes is added to its input, then normalised. [B, T, E] -> ([B, T, E], cache)."""
     keys = split(key, 5)
     cache = cache or {"attn": None, "cross": None}
-    rate = c.attention_probs_dropout_prob
+    own = {"mask": mask, "cache": cache["attn"], "dropout": c.attention_probs_dropout_prob, "key": keys[0]}
+    other = {"mask": cross_mask, "cache": cache["cross"], "dropout": c.attention_probs_dropout_prob, "key": keys[2]}
     bias = None
     if c.position_embedding_type != "absolute":
         both = c.position_embedding_type == "relative_key_query"
@@ -105,15 +101,11 @@ def block(p: Any, c: BertConfig, x: Any, mask: Any, cross_mask: Any, memory: Any
     def add(name: str, h: jax.Array, key: Any) -> jax.Array:
         return norm.layer(p[name], x + dropout(h, c.hidden_dropout_prob, key), c.layer_norm_eps)
 
-    h, attn = self_attention(
-        p["attn"], x, c.head_dim, mask=mask, bias=bias, cache=cache["attn"], dropout=rate, key=keys[0]
-    )
+    h, attn = self_attention(p["attn"], x, c.head_dim, bias=bias, **own)
     x = add("attn_norm", h, keys[1])
     cross = cache["cross"]
     if "cross" in p and (memory is not None or cross is not None):
-        h, cross = cross_attention(
-            p["cross"], x, memory, c.head_dim, mask=cross_mask, cache=cross, dropout=rate, key=keys[2]
-        )
+        h, cross = cross_attention(p["cross"], x, memory, c.head_dim, **other)
         x = add("cross_norm", h, keys[3])
     x = add("mlp_norm", mlp.dense(p["mlp"], x, c.hidden_act), keys[4])
     return x, {"attn": attn, "cross": cross}
@@ -145,9 +137,8 @@ def embeddings(p: Any, c: BertConfig, ids: Any, types: Any, positions: Any, vect
         x = embed.embed(p["word"], ids) if vectors is None else vectors
         x = x + embed.embed(p["token_type"], jnp.zeros((1, 1), jnp.int32) if types is None else types)
         if c.position_embedding_type == "absolute":
-            x = x + embed.embed(
-                p["position"], offset + jnp.arange(x.shape[1])[None] if positions is None else positions
-            )
+            positions = offset + jnp.arange(x.shape[1])[None] if positions is None else positions
+            x = x + embed.embed(p["position"], positions)
         return tap.tap("out", dropout(norm.layer(p["norm"], x, c.layer_norm_eps), c.hidden_dropout_prob, key))
 
 
@@ -217,20 +208,17 @@ def pretraining(p: Any, c: BertConfig, input_ids: Any = None, **inputs: Any) -> 
 def init_cache(c: BertConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
     """Empty caches of all layers, with room for `length` positions and an encoder's `encoder_length` states."""
     empty = partial(KVCache.empty, batch, head_dim=c.head_dim, dtype=dtype)
-    cross = empty(length=encoder_length, heads=c.num_attention_heads) if encoder_length else None
-    return tuple(
-        {"attn": empty(length=length, heads=c.heads_of(i)), "cross": cross} for i in range(c.num_hidden_layers)
-    )
+
+    def layer(i: int) -> dict[str, KVCache | None]:
+        cross = empty(length=encoder_length, heads=c.num_attention_heads) if encoder_length else None
+        return {"attn": empty(length=length, heads=c.heads_of(i)), "cross": cross}
+
+    return tuple(map(layer, range(c.num_hidden_layers)))
 
 
 _plain, _pooled = partial(heads.with_heads, "bert", encoder_spec), partial(heads.with_heads, "bert", model_spec)
 _words = partial(heads.words_spec, "cls.predictions", names=("transform.dense", "transform.LayerNorm", "decoder"))
 _pair = heads.linear_head("cls.seq_relationship", 2, key="pair")
-_labels, _choice, _span = (
-    heads.linear_head("classifier"),
-    heads.linear_head("classifier", 1),
-    heads.linear_head("qa_outputs"),
-)
 
 FAMILY = Family(
     "bert",
@@ -244,18 +232,6 @@ FAMILY = Family(
         Architecture("BertForMaskedLM", "ForMaskedLM", _plain(_words), masked_lm),
         Architecture("BertLMHeadModel", "ForCausalLM", _plain(_words), masked_lm),
         Architecture("BertForNextSentencePrediction", "ForNextSentencePrediction", _pooled(_pair), next_sentence),
-        Architecture(
-            "BertForSequenceClassification",
-            "ForSequenceClassification",
-            _pooled(_labels),
-            heads.sequence_classification(summary),
-        ),
-        Architecture("BertForMultipleChoice", "ForMultipleChoice", _pooled(_choice), heads.multiple_choice(summary)),
-        Architecture(
-            "BertForTokenClassification", "ForTokenClassification", _plain(_labels), heads.token_classification(encode)
-        ),
-        Architecture(
-            "BertForQuestionAnswering", "ForQuestionAnswering", _plain(_span), heads.question_answering(encode)
-        ),
+        *heads.label_heads("Bert", _plain, _pooled, encode, summary),
     ),
 )

@@ -206,7 +206,7 @@ def write_small_tokenizers() -> None:
     )
     bytelevel.train_from_iterator(CORPUS, bpe_trainer)
     bytelevel.post_processor = processors.RobertaProcessing(
-        ("</s>", bytelevel.token_to_id("</s>")), ("<s>", bytelevel.token_to_id("<s>")), add_prefix_space=False
+        ("</s>", named.index("</s>")), ("<s>", named.index("<s>")), add_prefix_space=False
     )
     write_folder(
         DATA / "bytelevel",
