@@ -173,7 +173,7 @@ def _choose(directory: Path) -> Path:
     if left := [str(folder) for folder in leftovers_of(directory)]:
         notes.append(f"a save is under way or was interrupted, and its files are in {', '.join(left)}")
     if alone := [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]:
-        notes.append(f"a weights file of another name can be opened by its path, as {directory / alone[0]}")
+        notes.append(f"{alone[0]} is a weights file of another name; rename it to one of these")
     raise CheckpointError(
         f"{directory}: no weights; expected one of {', '.join(CANDIDATES)}, found {listed or 'nothing'}"
         + "".join(f"; {note}" for note in notes)

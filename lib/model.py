@@ -136,12 +136,12 @@ class Model:
         arrays: dict[str, Any] = {}
         static: dict[str, Any] = {}
         for name, value in inputs.items():
+            if value is None:
+                continue
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=2)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(known)}"
                 raise TypeError(f"{self.architecture.name} takes no input {name!r}; {hint}")
-            if value is None:
-                continue
             if isinstance(value, bool | str) and name not in TABLES:
                 static[name] = value
             elif _is_on_host(value):

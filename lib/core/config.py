@@ -100,7 +100,8 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 # A dimension beyond this is a damaged or hostile file, not a model: no array of that size can be indexed in 32 bits.
 MAX_DIMENSION = 2**31 - 1
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1_000
+MAX_LABELS = 1_000_000
 
 
 class ConfigError(ValueError):
@@ -353,7 +354,7 @@ def v4_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _label_map(count: Any) -> FrozenDict:
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 10_000_000:
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MAX_LABELS:
         raise ConfigError(f"num_labels must be a number of classes, got {count!r}")
     return FrozenDict({i: f"LABEL_{i}" for i in range(count)})
 

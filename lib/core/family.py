@@ -47,6 +47,13 @@ class Family:
     architectures: tuple[Architecture, ...]
     init_cache: Callable[..., Any] | None = None
 
+    def __post_init__(self) -> None:
+        if self.config.model_type != self.model_type:
+            raise ValueError(
+                f"the family {self.model_type!r} has {self.config.__name__}, whose model_type is "
+                f"{self.config.model_type!r}; they must be the same, or its checkpoints open as the other family"
+            )
+
     def find(self, name: str) -> Architecture | None:
         """The architecture of that name, without the "TF" or "Flax" that other frameworks put before it."""
         plain = name.removeprefix("TF").removeprefix("Flax")

@@ -314,21 +314,29 @@ def init_entries(
     """`init` for some leaves only: {path: array}, the same values as in the whole tree."""
     if not isinstance(key, jax.Array):
         raise TypeError(f"key must be a jax.random.key, got {type(key).__name__}; write key=jax.random.key(0)")
-    groups: dict[tuple[tuple[int, ...], Initializer], list[Entry]] = defaultdict(list)
-    for entry in entries:
-        groups[entry.param.shape, entry.param.init].append(entry)
+    plan = tuple((entry.key, entry.param.shape, entry.param.init) for entry in entries)
+    places = None if shardings is None else tuple(shardings[entry.path] for entry in entries)
+    return dict(zip((entry.path for entry in entries), _draw(plan, jnp.dtype(dtype), places)(key), strict=True))
+
+
+@lru_cache(maxsize=128)
+def _draw(
+    plan: tuple[tuple[str, tuple[int, ...], Initializer], ...], dtype: Any, shardings: tuple[Any, ...] | None
+) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
+    """The compiled program that draws leaves of these names, shapes and initialisers from a key."""
+    groups: dict[tuple[tuple[int, ...], Initializer], list[str]] = defaultdict(list)
+    for name, shape, initializer in plan:
+        groups[shape, initializer].append(name)
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
-        values: dict[Path, jax.Array] = {}
-        for (shape, initializer), group in groups.items():
-            keys = jnp.stack([rng.fold_path(key, entry.key) for entry in group])
+        values: dict[str, jax.Array] = {}
+        for (shape, initializer), names in groups.items():
+            keys = jnp.stack([rng.fold_path(key, name) for name in names])
             drawn = jax.vmap(lambda k, shape=shape, initializer=initializer: initializer(k, shape, dtype))(keys)
-            values.update({entry.path: drawn[i] for i, entry in enumerate(group)})
-        return tuple(values[entry.path] for entry in entries)
+            values.update({name: drawn[i] for i, name in enumerate(names)})
+        return tuple(values[name] for name, _, _ in plan)
 
-    places = None if shardings is None else tuple(shardings[entry.path] for entry in entries)
-    drawn = jax.jit(draw, out_shardings=places)(key)
-    return {entry.path: value for entry, value in zip(entries, drawn, strict=True)}
+    return jax.jit(draw, out_shardings=shardings)
 
 
 def count(spec: Spec) -> int:
