@@ -1,18 +1,28 @@
 """Writes `tests/data/torch_bin/`: small checkpoints as `torch.save` makes them, for the reader that does without torch.
 
 Run in the environment of `requirements.txt`: `python tests/oracle/make_torch_bin.py`. The values follow a rule that
-`tests/test_torch_bin.py` repeats in NumPy, so the files come with no expected outputs.
+`tests/test_torch_bin.py` repeats in NumPy, so the files come with no expected outputs. `bert/`, `bert_legacy/` and
+`bert_shards/` are whole checkpoints, tied weights and all, with the weights of the golden `bert/act_relu`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-FOLDER = Path(__file__).resolve().parent.parent / "data" / "torch_bin"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `oracle` has the name that it has in the test suite
+
+from oracle import weights
+
+TESTS = Path(__file__).resolve().parent.parent
+FOLDER = TESTS / "data" / "torch_bin"
+GOLDEN = TESTS / "goldens" / "bert" / "act_relu.json"
 SIGNED = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "complex64", "complex128")
 SMALL = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
 UNSIGNED = ("uint64", "uint32", "uint16", "uint8", "bool", "float8_e8m0fnu")
@@ -84,6 +94,21 @@ def main() -> None:
     save(layer, "module.bin")
     save({"state_dict": layer.state_dict(), "args": argparse.Namespace(lr=0.5)}, "namespace.bin")
     save({"weight": torch.tensor([1 + 2j]).conj()}, "conjugated.bin")
+    save_model()
+
+
+def save_model() -> None:
+    """Writes a model as the reference saved models before safetensors: config.json and pytorch_model.bin."""
+    golden = json.loads(GOLDEN.read_text())
+    model = getattr(transformers, golden["architecture"])(transformers.BertConfig(**golden["config"]))
+    found = {name: torch.from_numpy(weights.tensor(name, shape)) for name, (shape, _) in golden["keys"].items()}
+    model.load_state_dict(found, strict=False)
+    model.tie_weights()
+    model.save_pretrained(FOLDER / "bert", safe_serialization=False)
+    model.save_pretrained(FOLDER / "bert_shards", safe_serialization=False, max_shard_size="30KB")
+    (FOLDER / "bert_legacy").mkdir(exist_ok=True)
+    model.config.save_pretrained(FOLDER / "bert_legacy")
+    save(model.state_dict(), "bert_legacy/pytorch_model.bin", _use_new_zipfile_serialization=False)
 
 
 if __name__ == "__main__":
