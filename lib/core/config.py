@@ -21,11 +21,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 import numpy as np
 
 from formax.core.frozen import FrozenDict, freeze, thaw
+
+T = TypeVar("T")
 
 log = logging.getLogger("formax")
 
@@ -291,7 +293,8 @@ class Config:
 
 
 # Dataclass decorators of subclasses would put a field-by-field hash in the place of the cached one.
-def config(cls: type[Any]) -> type[Any]:
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config(cls: type[T]) -> type[T]:
     """Class decorator of a family's configuration: a frozen, keyword-only dataclass with `Config`'s cached hash."""
     made = dataclass(frozen=True, kw_only=True)(cls)
     type.__setattr__(made, "__hash__", Config.__hash__)

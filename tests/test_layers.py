@@ -1,0 +1,188 @@
+"""The small layers against their formulas."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from formax.core import spec as specs
+from formax.core.tap import watch
+from formax.layers import embed, linear, mlp, norm
+from formax.layers.activations import ACTIVATIONS, activation
+from formax.layers.dropout import dropout
+
+Formula = Callable[[float], float]
+POINTS = np.concatenate([np.linspace(-6, 6, 49), [-25.0, -0.01, 0.0, 0.01, 25.0]]).astype(np.float32)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def gelu(x: float) -> float:
+    return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: float) -> float:
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+FORMULAS: dict[str, Formula] = {
+    "gelu": gelu,
+    "gelu_10": lambda x: min(max(gelu(x), -10.0), 10.0),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "laplace": lambda x: 0.5 * (1 + math.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": lambda x: x if x > 0 else 0.01 * x,
+    "linear": lambda x: x,
+    "mish": lambda x: x * math.tanh(math.log1p(math.exp(x))),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "relu": lambda x: max(x, 0.0),
+    "relu2": lambda x: max(x, 0.0) ** 2,
+    "relu6": lambda x: min(max(x, 0.0), 6.0),
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
+    "swish": lambda x: x * sigmoid(x),
+    "tanh": math.tanh,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_their_formulas(name: str) -> None:
+    expected = [FORMULAS[name](float(x)) for x in POINTS]
+    np.testing.assert_allclose(activation(name)(jnp.asarray(POINTS)), expected, rtol=1e-5, atol=2e-6)
+    half = activation(name)(jnp.asarray(POINTS, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    assert np.isfinite(half.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_have_finite_gradients(name: str) -> None:
+    assert np.isfinite(jax.vmap(jax.grad(activation(name)))(jnp.asarray(POINTS))).all()
+
+
+def test_an_unknown_activation_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown activation 'gleu'; try gelu"):
+        activation("gleu")
+    with pytest.raises(ValueError, match=r"unknown activation 'zzz'; try gelu, gelu_10, .*tanh"):
+        activation("zzz")
+
+
+def draw(*shape: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+
+
+def test_linear() -> None:
+    p, x = {"kernel": jnp.asarray(draw(4, 3)), "bias": jnp.arange(3.0)}, draw(2, 5, 4)
+    np.testing.assert_allclose(linear.linear(p, jnp.asarray(x)), x @ draw(4, 3) + np.arange(3), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(linear.linear({"kernel": p["kernel"]}, jnp.asarray(x)), x @ draw(4, 3), rtol=1e-5)
+    assert linear.linear(p, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16  # as the states, not as the weights
+    table = specs.table(linear.linear_spec("fc", 4, 3, ("embed", "mlp"), init=specs.ones))
+    assert {entry.name: entry.stored_shape for entry in table.entries} == {"fc.weight": (3, 4), "fc.bias": (3,)}
+    assert len(specs.table(linear.linear_spec("fc", 4, 3, (None, None), init=specs.ones, bias=False)).entries) == 1
+
+
+def test_layer_norm() -> None:
+    x, scale, bias = 100 + draw(2, 3, 8), 1 + draw(8), draw(8) + 2
+    p = {"scale": jnp.asarray(scale), "bias": jnp.asarray(bias)}
+    y = x.astype(np.float64)
+    expected = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 0.1) * scale + bias
+    np.testing.assert_allclose(norm.layer(p, jnp.asarray(x), 0.1), expected, rtol=1e-4, atol=1e-4)
+    half = norm.layer(p, jnp.asarray(draw(2, 3, 8) * 300, jnp.float16), 1e-12)  # squares beyond float16's range
+    assert half.dtype == jnp.float16
+    assert np.isfinite(half.astype(np.float32)).all()
+    assert np.isfinite(jax.grad(lambda x: norm.layer(p, x, 1e-12).sum())(jnp.zeros((1, 8)))).all()
+    names = specs.table(norm.layer_spec("LayerNorm", 8)).known_names()
+    assert names == {f"LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta")}
+
+
+def test_mlp() -> None:
+    spec = mlp.dense_spec(4, 6, ("fc1", "fc2"), init=specs.normal(1.0))
+    p = specs.init(spec, jax.random.key(0))
+    x = draw(2, 3, 4)
+    with watch(("mlp.hidden", "mlp.out")) as state:
+        y = mlp.dense(p, jnp.asarray(x), "relu")
+    hidden = np.maximum(x @ np.asarray(p["up"]["kernel"]), 0)
+    np.testing.assert_allclose(state.seen["mlp.hidden"], hidden, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(y, hidden @ np.asarray(p["down"]["kernel"]), rtol=1e-4, atol=1e-4)
+    assert state.seen["mlp.out"] is y
+
+
+# --- dropout
+
+
+def test_dropout_is_off_without_a_key_and_at_rate_zero() -> None:
+    x = jnp.asarray(draw(3, 4))
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_a_share_and_scales_the_rest(rate: float) -> None:
+    x = jnp.full((400, 500), 3.0)
+    y = np.asarray(dropout(x, rate, jax.random.key(0)))
+    zeros = y == 0
+    # five standard deviations of a share of 200,000 draws
+    assert abs(zeros.mean() - rate) < 5 * math.sqrt(rate * (1 - rate) / y.size)
+    np.testing.assert_allclose(y[~zeros], 3 / (1 - rate), rtol=1e-6)
+    # rows and columns are drawn one by one
+    assert zeros.mean(0).std() < 5 * math.sqrt(rate * (1 - rate) / 400)
+    assert 0 < zeros.mean(1).std() < 5 * math.sqrt(rate * (1 - rate) / 500)
+    np.testing.assert_array_equal(y, dropout(x, rate, jax.random.key(0)))
+    assert np.any(y != np.asarray(dropout(x, rate, jax.random.key(1))))
+    gradient = jax.grad(lambda x: dropout(x, rate, jax.random.key(0)).sum())(x)
+    np.testing.assert_allclose(gradient, ~zeros / (1 - rate), rtol=1e-6)
+
+
+def test_dropout_keeps_the_dtype_and_its_limit_is_zero() -> None:
+    x = jnp.ones((4, 4), jnp.bfloat16)
+    assert dropout(x, 0.3, jax.random.key(0)).dtype == jnp.bfloat16
+    assert not np.any(dropout(x, 1.0, jax.random.key(0)))
+    assert not np.any(jax.grad(lambda x: dropout(x, 1.0, jax.random.key(0)).sum())(jnp.ones(3)))
+
+
+# --- look-up tables
+
+
+def test_embeddings_and_their_transpose() -> None:
+    table = draw(7, 4)
+    p = {"embedding": jnp.asarray(table)}
+    np.testing.assert_array_equal(embed.embed(p, jnp.array([[0, 6], [3, 3]])), table[[[0, 6], [3, 3]]])
+    # a compiled look-up cannot raise: the nearest row, never one counted from the end, never NaN
+    np.testing.assert_array_equal(embed.embed(p, jnp.array([-3, 7, 1000])), table[[0, 6, 6]])
+    x = draw(2, 3, 4)
+    np.testing.assert_allclose(embed.logits(p, jnp.asarray(x)), x @ table.T, rtol=1e-4, atol=1e-5)
+    assert embed.logits(p, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    (entry,) = specs.table(embed.embedding_spec("words", 7, 4, init=specs.ones)).entries
+    assert (entry.key, entry.name, entry.param.axes) == ("embedding", "words.weight", ("vocab", "embed"))
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "message"),
+    [
+        (None, None, "give either input_ids or inputs_embeds$"),
+        ((2, 3), (2, 3, 4), "give either input_ids or inputs_embeds, not both"),
+        ((3,), None, r"input_ids must be \[batch, length\], got shape \(3,\)"),
+        ((2, 3, 4), None, r"input_ids must be \[batch, length\], got shape \(2, 3, 4\)"),
+        (None, (2, 3), r"inputs_embeds must be \[batch, length, size\], got shape \(2, 3\)"),
+        ((2, 9), None, r"input_ids has 9 positions, the model has 8 \(max_position_embeddings\); truncate"),
+        (None, (2, 9, 4), r"inputs_embeds has 9 positions, the model has 8"),
+        ((2, 0), None, r"input_ids of shape \(2, 0\) has no positions"),
+    ],
+)
+def test_inputs_that_cannot_be_meant(ids: Any, vectors: Any, message: str) -> None:
+    def zeros(shape: Any) -> Any:
+        return None if shape is None else jnp.zeros(shape)
+
+    with pytest.raises(ValueError, match=message):
+        embed.check_inputs(zeros(ids), zeros(vectors), 8)
+    embed.check_inputs(jnp.zeros((2, 8)), None, 8)
+    embed.check_inputs(None, jnp.zeros((0, 8, 4)), 8)
