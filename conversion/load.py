@@ -7,7 +7,9 @@ with nothing allocated. Tensors are then read one by one, each straight to its p
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from formax.core.spec import Entry, Spec, Tree
 SEARCHED = 2000
 # Bytes; what XLA asks of memory that it uses in place.
 ALIGNMENT = 64
+# Threads that read tensors; each may hold a copy of the tensor it is at.
+READERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,14 @@ def load_params(
     table = specs.table(spec)
     plan = make_plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
     places = {} if shardings is None else specs.flatten(shardings)
-    leaves = {
-        entry.path: _read(checkpoint, entry, name, dtype, places.get(entry.path)) for entry, name in plan.found.items()
-    }
+
+    def read(item: tuple[Entry, str]) -> tuple[specs.Path, jax.Array]:
+        entry, name = item
+        return entry.path, _read(checkpoint, entry, name, dtype, places.get(entry.path))
+
+    # Copying is bound by the page faults of new memory, which one thread takes one after the other.
+    with ThreadPoolExecutor(READERS) as pool:
+        leaves = dict(pool.map(read, plan.found.items()))
     if plan.fresh:
         # Not in 8 bits: what is quantised is the file's business, a new head is going to be trained.
         found = (leaf.dtype for leaf in leaves.values() if leaf.dtype.itemsize > 1)

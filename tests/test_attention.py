@@ -172,11 +172,11 @@ def test_paddings_combine_and_structure_must_agree() -> None:
 def test_a_query_that_may_look_nowhere_gets_zeros() -> None:
     q, k, v = qkv()
     keys = jnp.asarray(np.array([np.ones(S), np.zeros(S)], bool))
-    out = attention(q, k, v, mask=Mask(keys=keys))
+    out = jax.jit(attention)(q, k, v, mask=Mask(keys=keys))
     assert not np.any(out[1])
     np.testing.assert_allclose(out[0], reference(q, k, v)[0], rtol=1e-5, atol=1e-6)
     # and so does the gradient
-    grads = jax.grad(lambda *x: attention(*x, mask=Mask(keys=keys)).sum(), argnums=(0, 1, 2))(q, k, v)
+    grads = jax.jit(jax.grad(lambda *x: attention(*x, mask=Mask(keys=keys)).sum(), argnums=(0, 1, 2)))(q, k, v)
     assert all(np.isfinite(grad).all() and not np.any(grad[1]) for grad in grads)
 
 
@@ -196,12 +196,13 @@ def test_dropout_on_the_weights() -> None:
     q, k, v = qkv(t=40, s=200)
     q, v = 0 * q, jnp.ones_like(v)  # each of 200 keys has weight 1 / 200
     key = jax.random.key(0)
-    np.testing.assert_allclose(attention(q, k, v, dropout=0.3), 1.0, rtol=1e-5)  # no key, no dropout
-    dropped = attention(q, k, v, dropout=0.3, key=key)
+    run = jax.jit(partial(attention, dropout=0.3))
+    np.testing.assert_allclose(run(q, k, v), 1.0, rtol=1e-5)  # no key, no dropout
+    dropped = run(q, k, v, key=key)
     # five standard deviations of the mean of 480 rows
     assert abs(float(dropped.mean()) - 1) < 5 * np.sqrt(0.3 / 0.7 / 200 / (B * 40 * H))
     np.testing.assert_allclose(dropped.std(), np.sqrt(0.3 / 0.7 / 200), rtol=0.2)
-    assert np.any(dropped != attention(q, k, v, dropout=0.3, key=jax.random.key(1)))
+    assert np.any(dropped != run(q, k, v, key=jax.random.key(1)))
 
 
 def test_weights_and_scores_are_tapped() -> None:
@@ -285,7 +286,8 @@ def projected(p: Any, x: Any) -> Array:
 
 def test_self_attention_projects_attends_and_projects_back() -> None:
     p, x = layer(), random(B, T, 12)
-    out, cache = self_attention(p, jnp.asarray(x), D, mask=Mask(causal=True), bias=random(H, T, T))
+    run = jax.jit(partial(self_attention, head_dim=D, mask=Mask(causal=True), bias=random(H, T, T)))
+    out, cache = run(p, jnp.asarray(x))
     assert cache is None
     q, k, v = (projected(p[name], x) for name in "qkv")
     heads = reference(q, k, v, np.tril(np.ones((T, T), bool)), random(H, T, T))
@@ -303,7 +305,8 @@ def test_appending_to_a_cache_equals_the_whole(cuts: tuple[int, ...]) -> None:
     p, x = layer(), jnp.asarray(random(B, length, 12))
     padding = np.ones((B, length), np.int32)
     padding[1, :2] = 0
-    whole, _ = self_attention(p, x, D, mask=from_attention_mask(jnp.asarray(padding), causal=True))
+    mask = from_attention_mask(jnp.asarray(padding), causal=True)
+    whole, _ = jax.jit(partial(self_attention, head_dim=D))(p, x, mask=mask)
 
     @jax.jit
     def step(cache: KVCache, x: jax.Array) -> Any:
@@ -331,18 +334,18 @@ def test_caches_keep_their_dtype_and_their_size() -> None:
 def test_cross_attention_keeps_what_it_made_of_the_memory() -> None:
     p, x, memory = layer(kv_size=10), jnp.asarray(random(B, T, 12)), jnp.asarray(random(B, S, 10))
     mask = Mask(keys=jnp.asarray(KEYS))
-    out, none = cross_attention(p, x, memory, D, mask=mask)
+    run = jax.jit(partial(cross_attention, head_dim=D, mask=mask))
+    out, none = run(p, x, memory)
     assert none is None
     heads = reference(projected(p["q"], x), projected(p["k"], memory), projected(p["v"], memory), KEYS[:, None, None])
     expected = heads.reshape(B, T, H * D) @ np.asarray(p["o"]["kernel"]) + np.asarray(p["o"]["bias"])
     np.testing.assert_allclose(out, expected, rtol=2e-4, atol=2e-5)
 
-    first, cache = cross_attention(p, x, memory, D, mask=mask, cache=KVCache.empty(B, S, K, D))
-    assert cache is not None
+    first, cache = run(p, x, memory, cache=KVCache.empty(B, S, K, D))
     assert int(cache.length) == S
-    second, _ = cross_attention(p, x, None, D, mask=mask, cache=cache)
-    np.testing.assert_array_equal(first, out)
-    np.testing.assert_allclose(second, out, rtol=1e-6)
+    second, _ = run(p, x, None, cache=cache)
+    np.testing.assert_allclose(first, out, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(second, out, rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="cross-attention needs encoder_hidden_states, or a cache"):
         cross_attention(p, x, None, D, mask=mask)
 

@@ -39,7 +39,7 @@ def made() -> Model:
 
     def leaf(entry: specs.Entry) -> jax.Array:
         mean = 1.0 if entry.param.init is specs.ones else 0.0
-        return jnp.asarray(mean + 0.3 * rng.normal(size=entry.param.shape), jnp.float32)
+        return jnp.asarray((mean + 0.3 * rng.normal(size=entry.param.shape)).astype(np.float32))
 
     (architecture,) = (found for found in bert.FAMILY.architectures if found.task == "")
     return Model(specs.build(architecture.spec(CONFIG), leaf), CONFIG, architecture, bert.FAMILY)
@@ -124,13 +124,13 @@ def test_hugging_face_switches_are_captures(model: Model) -> None:
     assert len(out.attentions) == LAYERS
     assert out.cross_attentions is None
     assert out.keys() == ["last_hidden_state", "pooler_output", "hidden_states", "attentions"]
-    assert model(IDS, MASK).keys() == ["last_hidden_state", "pooler_output"]
+    assert jax.eval_shape(lambda model: model(IDS, MASK), model).keys() == ["last_hidden_state", "pooler_output"]
 
 
 def test_a_configuration_can_ask_for_them() -> None:
     asking = MODEL.replace(config=CONFIG.replace(output_hidden_states=True))
-    assert len(asking(IDS).hidden_states) == LAYERS + 1
-    assert asking(IDS, output_hidden_states=False).hidden_states is None
+    assert len(jax.eval_shape(lambda model: model(IDS), asking).hidden_states) == LAYERS + 1
+    assert jax.eval_shape(lambda model: model(IDS, output_hidden_states=False), asking).hidden_states is None
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -144,7 +144,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @FORMS
 def test_changes_do_what_the_formulas_say(model: Model) -> None:
-    out, seen = formax.capture(formax.intervene(model, CHANGES), "**")(IDS, MASK)
+    changed = formax.intervene(model, CHANGES)
+    _, seen = formax.capture(changed, "**")(IDS, MASK)
     expected = by_hand(IDS, MASK, CHANGES)
     for name, value in expected.items():
         close(seen[name], value, err_msg=name)
@@ -153,14 +154,13 @@ def test_changes_do_what_the_formulas_say(model: Model) -> None:
     twice = model
     for pattern, change in CHANGES.items():
         twice = formax.intervene(twice, {pattern: change})
-    np.testing.assert_array_equal(twice(IDS, MASK).pooler_output, out.pooler_output)
+    assert twice.interventions == changed.interventions
 
 
-@FORMS
-def test_activation_patching(model: Model) -> None:
-    _, source = formax.capture(model, "layers.1.mlp.out")(OTHER)
+def test_activation_patching() -> None:
+    _, source = formax.capture(MODEL, "layers.1.mlp.out")(OTHER)
     value = source["layers.1.mlp.out"]
-    patched = formax.intervene(model, {"layers.1.mlp.out": lambda x: x.at[:, 2].set(value[:, 2])})(IDS, MASK)
+    patched = formax.intervene(MODEL, {"layers.1.mlp.out": lambda x: x.at[:, 2].set(value[:, 2])})(IDS, MASK)
 
     theirs = by_hand(OTHER, np.ones_like(MASK))["layers.1.mlp.out"]
     expected = by_hand(IDS, MASK, {"layers.1.mlp.out": lambda x: np.where(np.arange(LENGTH)[:, None] == 2, theirs, x)})
@@ -195,10 +195,9 @@ def test_gradients_of_inner_values(model: Model, remat: bool, monkeypatch: pytes
     np.testing.assert_allclose(layers[0]["attn"]["o"]["bias"][5], (loss(1e-5) - loss(-1e-5)) / 2e-5, rtol=1e-3)
 
 
-@FORMS
-def test_gradients_with_respect_to_what_is_put_in(model: Model) -> None:
+def test_gradients_with_respect_to_what_is_put_in() -> None:
     def loss(steering: jax.Array) -> jax.Array:
-        changed = formax.intervene(model, {"layers.1.out": lambda x: x + steering})
+        changed = formax.intervene(MODEL, {"layers.1.out": lambda x: x + steering})
         return changed(IDS, MASK).pooler_output.sum()
 
     def reference(size: float) -> Any:

@@ -38,7 +38,7 @@ def make(task: str = "", **changes: Any) -> Model:
 
     def leaf(entry: specs.Entry) -> jax.Array:
         mean = 1.0 if entry.param.init is specs.ones else 0.0
-        return jnp.asarray(mean + 0.3 * rng.normal(size=entry.param.shape), jnp.float32)
+        return jnp.asarray((mean + 0.3 * rng.normal(size=entry.param.shape)).astype(np.float32))
 
     (architecture,) = (found for found in FAMILY.architectures if found.task == task)
     return Model(specs.build(architecture.spec(c), leaf), c, architecture, FAMILY)
@@ -215,7 +215,7 @@ def test_the_leaves_of_a_model_are_its_parameters() -> None:
     leaves, tree = jax.tree.flatten(MODEL)
     assert [id(leaf) for leaf in leaves] == [id(leaf) for leaf in jax.tree.leaves(MODEL.params)]
     same(jax.tree.unflatten(tree, leaves), MODEL)
-    doubled = jax.tree.map(lambda x: 2 * x, MODEL)
+    doubled = jax.tree.map(lambda x: 2 * np.asarray(x), MODEL)
     np.testing.assert_array_equal(doubled.params["head"]["bias"], 2 * MODEL.params["head"]["bias"])
     assert doubled.config is MODEL.config
     assert structure(MODEL.replace(config=MODEL.config.replace(hidden_act="relu"))) != tree
@@ -245,6 +245,7 @@ def test_stacked_layers_are_the_same_model() -> None:
     stacked = MODEL.replace(params={**MODEL.params, "layers": specs.stack(MODEL.params["layers"])})
     out = stacked(IDS, output_hidden_states=True)
     np.testing.assert_allclose(out.logits, logits(MODEL), rtol=1e-4, atol=1e-5)
+    assert out.keys() == ["logits", "hidden_states"]
     assert len(out.hidden_states) == 3
     assert stacked.num_parameters() == MODEL.num_parameters()
     assert repr(stacked) == repr(MODEL)
