@@ -150,6 +150,50 @@ def test_a_worker_that_dies_shows_its_last_words(module: Callable[[str], Any], l
         lab.prepare(worker, "matmul", {"n": 8})
 
 
+def test_what_a_contestant_prints_is_no_answer(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "from benchmarks.task import Task\n"
+        "print('imported')\n"
+        "def versions(): return {'noise': '1'}\n"
+        "TASKS = {'shout': lambda options: Task(lambda: print('called', flush=True), [options['n']])}\n"
+    )
+    program = (
+        f"import sys; sys.path[:0] = {[str(ROOT), str(tmp_path)]}; from benchmarks.worker import serve; serve('noisy')"
+    )
+    requests = [{"op": "prepare", "task": "shout", "options": {"n": 7}}, {"op": "time", "calls": 3}]
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        input="".join(json.dumps(request) + "\n" for request in requests),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    prepared, timed = map(json.loads, finished.stdout.splitlines())
+    assert prepared == {"digest": [7], "versions": {"noise": "1"}}
+    assert len(timed["seconds"]) == 3
+    assert all(seconds > 0 for seconds in timed["seconds"])
+    assert finished.stderr.split() == ["imported", *["called"] * 3]
+
+
+def test_adamw_is_the_published_one(module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    training, task = module("contestants.training"), module("task")
+    # Large, so that every term shows.
+    (a, b), rate, decay = task.BETAS, 0.1, 0.5
+    monkeypatch.setattr(training, "LEARNING_RATE", rate)
+    monkeypatch.setattr(training, "WEIGHT_DECAY", decay)
+    start, first, second = 2.0, 0.5, -0.25
+    params = {"w": jnp.float32(start)}
+    params, state = training.adamw(params, {"w": jnp.float32(first)}, training.adamw_state(params))
+    # After one step the moments, made unbiased, are the gradient and its square: the direction is its sign.
+    expected = start - rate * (1 + decay * start)
+    assert float(params["w"]) == pytest.approx(expected, rel=1e-5)
+    params, _ = training.adamw(params, {"w": jnp.float32(second)}, state)
+    mean = (a * (1 - a) * first + (1 - a) * second) / (1 - a**2)
+    square = (b * (1 - b) * first**2 + (1 - b) * second**2) / (1 - b**2)
+    expected -= rate * (mean / (square**0.5 + task.EPS) + decay * expected)
+    assert float(params["w"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_statistics_and_tables(module: Callable[[str], Any]) -> None:
     tables = module("tables")
     spread = tables.Spread.of_ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0])

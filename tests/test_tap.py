@@ -131,7 +131,6 @@ def test_nobody_watching_costs_nothing(layers: Any, remat: bool) -> None:
     assert programs[0] == programs[1]
     assert programs[0] != programs[2]
     assert tap.tap("anything", X) is X
-    assert not tap.wanted("anything")
 
 
 def matches(pattern: str) -> set[str]:
@@ -164,18 +163,6 @@ def test_a_pattern_that_matches_nothing_names_what_there_is(layers: Any, remat: 
             network(layers, X, remat)
     with watch(interventions=(Intervention("**.attn", lambda x: x, required=False),), optional=("nothing",)):
         network(layers, X, remat)
-
-
-def test_places_computed_on_demand_know_whether_they_are_wanted() -> None:
-    def asked(*patterns: str, changes: tuple[Intervention, ...] = ()) -> bool:
-        with watch(optional=patterns, interventions=changes), tap.scope("layers"), tap.scope("3"):
-            return tap.wanted("weights")
-
-    assert asked("layers.*.weights")
-    assert asked(changes=(Intervention("**.weights", lambda x: x),))
-    assert not asked("layers.2.weights", "weights")
-    with pytest.raises(ValueError, match="there are: weights"), watch(("nothing",)):  # it exists all the same
-        tap.wanted("weights")
 
 
 def test_an_error_ends_the_watch() -> None:

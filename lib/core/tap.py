@@ -122,17 +122,6 @@ def tap(name: str, value: Any) -> Any:
     return value
 
 
-def wanted(name: str) -> bool:
-    """Whether anyone watches the place `name` in the current scope: a layer may have to compute it only then."""
-    state = _current.get()
-    if state is None:
-        return False
-    places = _expand(".".join((*state.path, name)), state.depth)
-    # A place that a layer computes on demand exists all the same: patterns are checked against it.
-    state.places.update(dict.fromkeys(places))
-    return any(_matches(p, places) for p in (*state.patterns, *(item.pattern for item in state.interventions)))
-
-
 def isolate(function: Callable[..., Any], *, remat: bool) -> Callable[..., Any]:
     """`jax.checkpoint(function)` when `remat`, with the values seen inside carried out as outputs."""
     if not remat:

@@ -1,0 +1,124 @@
+"""formax: the model as a user has it, called without an own `jit` (training: inside the user's)."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import formax
+from benchmarks.contestants.training import adamw, adamw_state, cross_entropy
+from benchmarks.task import (
+    CHECKED_STEPS,
+    Options,
+    Task,
+    labels,
+    sample,
+    square,
+    tall,
+    token_ids,
+)
+
+
+def versions() -> dict[str, str]:
+    return {"formax": formax.__version__, "jax": jax.__version__, "numpy": np.__version__}
+
+
+@cache
+def open_model(checkpoint: str) -> Any:
+    return formax.AutoModel.from_pretrained(checkpoint)
+
+
+def forward(options: Options) -> Task:
+    model = open_model(options["checkpoint"])
+    ids = jnp.asarray(token_ids(options))
+    mask = jnp.ones_like(ids)
+
+    def run() -> Any:
+        return jax.block_until_ready(model(input_ids=ids, attention_mask=mask))
+
+    return Task(run, sample(run().last_hidden_state))
+
+
+def train_step(options: Options) -> Task:
+    rate = options["dropout"]
+    model = formax.AutoModelForMaskedLM.from_pretrained(
+        options["checkpoint"], hidden_dropout_prob=rate, attention_probs_dropout_prob=rate
+    )
+    state = adamw_state(model)
+    ids, targets = jnp.asarray(token_ids(options)), jnp.asarray(labels(options))
+    mask = jnp.ones_like(ids)
+
+    def loss(model: Any, key: jax.Array) -> jax.Array:
+        # Dropout is on exactly when there is a key.
+        out = model(input_ids=ids, attention_mask=mask, key=key if rate else None)
+        return cross_entropy(out.logits, targets)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(model: Any, state: Any, number: int) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(model, jax.random.fold_in(jax.random.key(0), number))
+        model, state = adamw(model, grads, state)
+        return model, state, value
+
+    numbers = count()
+
+    def run() -> float:
+        nonlocal model, state
+        model, state, value = jax.block_until_ready(step(model, state, next(numbers)))
+        return float(value)
+
+    return Task(run, [run() for _ in range(CHECKED_STEPS)])
+
+
+def load(options: Options) -> Task:
+    """The parameters on the device."""
+    jax.devices()
+    open_it = formax.AutoModel.from_pretrained  # imports what it needs before the clock starts
+    return Task(lambda: jax.block_until_ready(open_it(options["checkpoint"])))
+
+
+def matmul(options: Options) -> Task:
+    a = jnp.asarray(square(options))
+    product = jax.jit(jnp.matmul)
+    return Task(lambda: product(a, a).block_until_ready(), sample(product(a, a)))
+
+
+def stream(options: Options) -> Task:
+    a, x = map(jnp.asarray, tall(options))
+    product = jax.jit(jnp.matmul)
+    return Task(lambda: product(a, x).block_until_ready(), sample(product(a, x)))
+
+
+def checkpoint(options: Options) -> Task:
+    """Writes the checkpoint that every contestant opens: random weights under the names of a pre-training model."""
+    config = formax.AutoConfig.for_model("bert", **options["config"])
+    declared = jax.eval_shape(
+        lambda key: formax.AutoModelForPreTraining.from_config(config, key=key), jax.random.key(0)
+    )
+    generator = np.random.default_rng(0)
+
+    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        values = generator.standard_normal(leaf.shape, np.float32)
+        return np.float32(centre) + np.float32(0.02) * values
+
+    def write() -> None:
+        params = jax.tree_util.tree_map_with_path(fill, declared.params)
+        declared.replace(params=params).save_pretrained(Path(options["checkpoint"]))
+
+    return Task(write)
+
+
+TASKS = {
+    "checkpoint": checkpoint,
+    "forward": forward,
+    "load": load,
+    "matmul": matmul,
+    "stream": stream,
+    "train_step": train_step,
+}

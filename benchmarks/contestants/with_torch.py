@@ -1,0 +1,124 @@
+"""PyTorch with transformers' own classes, as they come ("eager") or through `torch.compile`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from benchmarks.task import (
+    BETAS,
+    CHECKED_STEPS,
+    EPS,
+    LEARNING_RATE,
+    WEIGHT_DECAY,
+    Options,
+    Task,
+    UnavailableError,
+    labels,
+    sample,
+    square,
+    tall,
+    token_ids,
+)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "torch threads": str(torch.get_num_threads()),
+    }
+
+
+def tensor(values: Any) -> Any:
+    return torch.from_numpy(np.asarray(values, np.int64))
+
+
+def compiled(model: Any, options: Options) -> Any:
+    if not options.get("compile"):
+        return model
+    torch.compiler.reset()  # what was compiled for the shape before
+    return torch.compile(model, dynamic=False)
+
+
+def first(run: Any, options: Options) -> Any:
+    """The first call, in which `torch.compile` compiles and may find that it cannot."""
+    if not options.get("compile"):
+        return run()
+    try:
+        return run()
+    except Exception as error:  # a missing compiler has many shapes
+        raise UnavailableError(f"torch.compile failed: {type(error).__name__}: {error}") from error
+
+
+@cache
+def open_model(checkpoint: str) -> Any:
+    return transformers.BertModel.from_pretrained(checkpoint).eval()
+
+
+def forward(options: Options) -> Task:
+    model = compiled(open_model(options["checkpoint"]), options)
+    ids = tensor(token_ids(options))
+    mask = torch.ones_like(ids)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(input_ids=ids, attention_mask=mask)
+
+    out = first(run, options)
+    return Task(run, sample(out.last_hidden_state.numpy()))
+
+
+def train_step(options: Options) -> Task:
+    rate = options["dropout"]
+    plain = transformers.BertForMaskedLM.from_pretrained(
+        options["checkpoint"], hidden_dropout_prob=rate, attention_probs_dropout_prob=rate
+    ).train()
+    model = compiled(plain, options)
+    # Fused is PyTorch's fastest, and what the Trainer of transformers takes.
+    optimizer = torch.optim.AdamW(
+        plain.parameters(), lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+    ids, targets = tensor(token_ids(options)), tensor(labels(options))
+    mask = torch.ones_like(ids)
+
+    def run() -> float:
+        loss = model(input_ids=ids, attention_mask=mask, labels=targets).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    losses = [first(run, options)]
+    return Task(run, losses + [run() for _ in range(CHECKED_STEPS - 1)])
+
+
+def load(options: Options) -> Task:
+    """The parameters in memory: what is only mapped is touched, one element a page."""
+
+    def run() -> Any:
+        model = transformers.BertModel.from_pretrained(options["checkpoint"])
+        for parameter in model.parameters():
+            parameter.detach().view(-1)[::1024].sum()
+        return model
+
+    # Its module is imported before the clock starts.
+    assert issubclass(transformers.BertModel, torch.nn.Module)
+    return Task(run)
+
+
+def matmul(options: Options) -> Task:
+    a = torch.from_numpy(square(options))
+    return Task(lambda: a @ a, sample((a @ a).numpy()))
+
+
+def stream(options: Options) -> Task:
+    a, x = map(torch.from_numpy, tall(options))
+    return Task(lambda: a @ x, sample((a @ x).numpy()))
+
+
+TASKS = {"forward": forward, "load": load, "matmul": matmul, "stream": stream, "train_step": train_step}
