@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -186,7 +187,10 @@ class Watch:
         """A line for the report."""
         if self.foreign is None or not self.wall:
             return "how busy the machine was otherwise is unknown on this system"
-        said = [f"while timing, other programs used {100 * self.foreign / self.wall / cores():.0f} % of the CPU"]
+        share = self.foreign / self.wall / cores()
+        said = [f"while timing, other programs used {100 * share:.0f} % of the CPU"]
+        if share > DISTURBED:
+            said.append("**that is too much for the numbers to count**")
         if self.repeated:
             said.append(f"{self.repeated} rounds that they disturbed were taken again")
         if self.idle:
@@ -434,6 +438,8 @@ def run(topics: Mapping[str, Callable[[Lab], Section]], arguments: Sequence[str]
 
     if chosen.out is not None:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    # So that the checkpoint and the workers go away with a benchmark that is told to stop.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     sections: dict[str, Section] = {}
     with tempfile.TemporaryDirectory(prefix="formax-benchmarks-") as folder:
         lab = Lab(chosen.size, chosen.rounds, chosen.turn, pythons, chosen.patience, chosen.shapes, Path(folder))

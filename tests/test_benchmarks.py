@@ -119,6 +119,14 @@ def test_disturbed_rounds_are_taken_again(lab: Any, monkeypatch: pytest.MonkeyPa
     assert lab.watch.foreign == 0.0
 
 
+def test_a_disturbed_run_says_so(module: Callable[[str], Any]) -> None:
+    harness = module("harness")
+    cores = harness.cores()
+    assert "used 5 % of the CPU" in harness.Watch(wall=10.0, foreign=0.5 * cores).says()
+    assert "too much" not in harness.Watch(wall=10.0, foreign=0.5 * cores).says()
+    assert "used 20 % of the CPU; **that is too much" in harness.Watch(wall=10.0, foreign=2.0 * cores).says()
+
+
 def test_another_computation_is_not_timed(module: Callable[[str], Any]) -> None:
     harness = module("harness")
     harness.check_agreement({"formax": [0.0, 1.0, 2.0], "peer": [0.0, 1.0, 2.0005]}, "forward")
