@@ -6,8 +6,9 @@ memory-mapped file touches the pages of that slice alone (but for `Patch` and fo
 copy the leaf first).
 
 Kernels of formax are `(in, out)` and convolutions channels-last, as in Flax; PyTorch stores `(out, in)` and
-channels-first. A weight-normalised kernel is two leaves, magnitude and direction, each in one of these
-layouts: merging them on the way would lose bits. Which layout applies is declared by kind and never guessed from the number of dimensions.
+channels-first. A weight-normalised kernel is two leaves, magnitude and direction, each in one of these layouts: merging
+them on the way would lose bits. Which layout applies is declared by kind and never guessed from the number of
+dimensions.
 """
 
 from __future__ import annotations
