@@ -1,6 +1,7 @@
 """Logical axes on a mesh: what is split, what stays whole and why, and that the numbers stay the same."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -95,7 +96,8 @@ def test_a_sharded_model_computes_the_same(axes: dict[str, int]) -> None:
     key = jax.random.key(0)
     whole = formax.AutoModelForMaskedLM.from_config(SMALL, key=key)
     sharded = formax.AutoModelForMaskedLM.from_config(SMALL, key=key, mesh=mesh)
-    jax.tree.map(np.testing.assert_array_equal, sharded.params, whole.params)
+    # But for the last bit: test_spec.py, test_sharded_initial_values_are_the_same.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=0), sharded.params, whole.params)
     places = specs.flatten(shardings(whole.spec, mesh))
     for path, leaf in specs.flatten(sharded.params).items():
         assert leaf.sharding == places[path], path

@@ -169,7 +169,9 @@ def test_sharded_initial_values_are_the_same() -> None:
     for key, leaf in sharded.items():
         assert leaf.sharding == places[key]
         assert leaf.addressable_shards[0].data.size < leaf.size
-        np.testing.assert_array_equal(leaf, whole[key])
+        # The same random bits; but how XLA vectorises the arithmetic after them depends on the shape of a shard, and
+        # since jax 0.11 the last bit may differ.
+        np.testing.assert_allclose(leaf, whole[key], rtol=1e-6, atol=0)
 
 
 def test_describe_prints_every_parameter() -> None:

@@ -302,7 +302,8 @@ def init(spec: Spec, key: jax.Array, dtype: Any = jnp.float32, shardings: Tree |
         spec: the declaration.
         key: a `jax.random.key`.
         dtype: dtype of the leaves.
-        shardings: a tree of shardings; each device then makes its own part alone.
+        shardings: a tree of shardings; each device then makes its own part alone, of the same random numbers (the last
+            bit may differ, as arithmetic is vectorised by the shape of a part).
     """
     places = None if shardings is None else flatten(shardings)
     return unflatten(init_entries(table(spec).entries, key, dtype, places))
