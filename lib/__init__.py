@@ -33,27 +33,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "formax.auto": (
-        "AutoConfig",
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForMaskedLM",
-        "AutoModelForMultipleChoice",
-        "AutoModelForNextSentencePrediction",
-        "AutoModelForPreTraining",
-        "AutoModelForQuestionAnswering",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "from_pretrained",
-    ),
-    "formax.inside": ("capture", "intervene", "places"),
-    "formax.model": ("Model",),
-    "formax.text.embedding": ("SentenceEncoder",),
-    "formax.text.tokenizer": ("AutoTokenizer",),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-
 __all__ = [
     "AutoConfig",
     "AutoModel",
@@ -73,6 +52,16 @@ __all__ = [
     "intervene",
     "places",
 ]
+
+# Where each name lives; the Auto classes together.
+_HOME = dict.fromkeys(__all__, "formax.auto") | {
+    "AutoTokenizer": "formax.text.tokenizer",
+    "Model": "formax.model",
+    "SentenceEncoder": "formax.text.embedding",
+    "capture": "formax.inside",
+    "intervene": "formax.inside",
+    "places": "formax.inside",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import text_models
 
 import formax
 from formax import cli, hub, search
@@ -26,14 +26,7 @@ DATA = Path(__file__).parent / "data" / "text"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT with random weights and the small WordPiece tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    config = formax.AutoConfig.for_model(
-        "bert", vocab_size=221, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40
-    )
-    formax.AutoModel.from_config(config, key=jax.random.key(0)).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DATA / "wordpiece" / name, path)
-    return path
+    return text_models.tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

