@@ -165,9 +165,11 @@ def run(case: Case, config: Mapping[str, Any], tensors: Tensors, inputs: Mapping
 
 
 def flattened(case: Case, out: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yields the outputs that the case asks for by name, the entries of a tuple one by one."""
+    """Yields the outputs that the case asks for by (dotted) name, the entries of a tuple one by one."""
     for name in case.outputs:
-        value = getattr(out, name, None)
+        value = out
+        for part in name.split("."):
+            value = getattr(value, part, None)
         if value is None:
             raise ValueError(f"{case.name}: {case.architecture} returned no {name}; it returned {', '.join(out)}")
         if isinstance(value, tuple):
