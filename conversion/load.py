@@ -200,7 +200,7 @@ def _has_misfit(checkpoint: Checkpoint, entry: Entry, name: str, ignored: bool) 
     """Whether the stored tensor(s) have another shape; that, unless `ignored`, and another kind of dtype raise."""
     for one in entry.param.layout.names(name):
         info = checkpoint[one]
-        if not jnp.issubdtype(info.dtype, jnp.floating):
+        if entry.param.stored_as is None and not jnp.issubdtype(info.dtype, jnp.floating):
             raise CheckpointError(f"{info.file}: {one!r} has dtype {info.dtype}, a floating-point one is needed")
         if info.shape != entry.stored_shape:
             if ignored:
@@ -233,6 +233,8 @@ def _complaint(checkpoint: Checkpoint, missing: list[str], unexplained: list[str
 def _read(checkpoint: Checkpoint, entry: Entry, name: str, dtype: Any, sharding: Any) -> jax.Array:
     """One leaf, from the mapped file to its devices; the file's pages are let go afterwards."""
     layout, shape = entry.param.layout, entry.param.shape
+    if entry.param.stored_as is not None:
+        dtype = entry.param.dtype(None)
 
     def part(index: tuple[slice, ...] | None = None) -> np.ndarray:
         view = layout.read(checkpoint.read, name, shape, index or (slice(None),) * len(shape))
@@ -290,7 +292,8 @@ def stored_tensors(spec: Spec, params: Tree) -> tuple[dict[str, Stored], Callabl
         )
     holders = table.stored()
     tensors = {
-        name: Stored(held[0].stored_shape, np.dtype(leaves[held[0].path].dtype)) for name, held in holders.items()
+        name: Stored(held[0].stored_shape, np.dtype(held[0].param.stored_as or leaves[held[0].path].dtype))
+        for name, held in holders.items()
     }
 
     def fetch(name: str) -> np.ndarray:
@@ -301,6 +304,6 @@ def stored_tensors(spec: Spec, params: Tree) -> tuple[dict[str, Stored], Callabl
             return layout.join(arrays)
         if isinstance(layout, Stacked):
             return layout.then.store(arrays[0][held[0].stored_names.index(name)])
-        return layout.store(arrays[0])
+        return layout.store(arrays[0]).astype(tensors[name].dtype, copy=False)
 
     return tensors, fetch

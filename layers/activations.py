@@ -40,6 +40,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+def check_activation(name: str, field: str = "hidden_act") -> None:
+    """Raises ValueError when a configuration's `field` names no activation."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{field}={name!r} is none of {', '.join(ACTIVATIONS)}")
+
+
 def activation(name: str) -> Activation:
     """The function of that name.
 

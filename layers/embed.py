@@ -27,12 +27,12 @@ def logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     return jnp.einsum("...e,ve->...v", x, p["embedding"].astype(x.dtype))
 
 
-def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, limit: int) -> None:
+def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, limit: int | None) -> None:
     """Refuses inputs that cannot be meant.
 
     Raises:
         ValueError: not exactly one of ids [B, T] and vectors [B, T, E], another rank, no position at all, or more than
-            `limit`.
+            `limit` (None where positions have no table).
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give either input_ids or inputs_embeds" + (", not both" if input_ids is not None else ""))
@@ -43,7 +43,7 @@ def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, l
         raise ValueError(f"{name} must be {form}, got shape {x.shape}")
     if x.shape[1] == 0:
         raise ValueError(f"{name} of shape {x.shape} has no positions; give at least one token a row")
-    if x.shape[1] > limit:
+    if limit is not None and x.shape[1] > limit:
         raise ValueError(
             f"{name} has {x.shape[1]} positions, the model has {limit} (max_position_embeddings); truncate the input"
         )

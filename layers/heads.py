@@ -1,4 +1,4 @@
-"""Heads that text encoders share: labels for texts, tokens, choices and spans.
+"""Heads that text models share: words, and labels for texts, tokens, choices and spans.
 
 Each is made from the family's own `encode(p, c, input_ids, ..., key) -> (states [B, T, E], cache)` or
 `summary(p, c, input_ids, ..., key) -> [B, E]`, and has the signature of an architecture's `apply`.
@@ -6,7 +6,7 @@ Each is made from the family's own `encode(p, c, input_ids, ..., key) -> (states
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,12 +36,15 @@ def with_heads(prefix: str, base: Callable[[Any], dict[str, Spec]], *heads: Call
     return spec
 
 
-def linear_head(name: str, labels: int | None = None, *, key: str = "head") -> Callable[[Any], dict[str, Spec]]:
+def linear_head(
+    name: str, labels: int | None = None, *, key: str = "head", bias: bool = True
+) -> Callable[[Any], dict[str, Spec]]:
     """A linear map from the states to `labels` scores (the configuration's labels when None), stored as `name`."""
 
     def spec(c: Any) -> dict[str, Spec]:
         count = c.num_labels if labels is None else labels
-        return {key: linear_spec(name, c.hidden_size, count, ("embed", None), init=normal(c.initializer_range))}
+        init = normal(c.initializer_range)
+        return {key: linear_spec(name, c.hidden_size, count, ("embed", None), init=init, bias=bias)}
 
     return spec
 
@@ -72,9 +75,32 @@ def words(p: dict[str, Any], c: Any, x: jax.Array) -> jax.Array:
     return y + head["bias"].astype(y.dtype)
 
 
+def lm_head(
+    name: str = "lm_head", *, tied_to: str = "embed.word.embedding", bias: bool = False
+) -> Callable[[Any], dict[str, Spec]]:
+    """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`."""
+
+    def spec(c: Any) -> dict[str, Spec]:
+        if c.tie_word_embeddings:
+            return {"head": Tied(f"{name}.weight", tied_to)}
+        init = normal(c.initializer_range)
+        return {"head": linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)}
+
+    return spec
+
+
+def lm_logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Scores of all words by the head of `lm_head`, [B, T, E] -> [B, T, V]."""
+    return linear(p["head"], x) if "head" in p else embed.logits(p["embed"]["word"], x)
+
+
 def classify(p: dict[str, Any], c: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Dropout, then the linear head: [..., E] -> [..., labels]."""
-    rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
+    """Dropout (the configuration's for classifiers, else for states, else 0.1), then the linear head.
+
+    [..., E] -> [..., labels].
+    """
+    rates = (getattr(c, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
+    rate = next((rate for rate in rates if rate is not None), 0.1)
     return linear(p["head"], dropout(x, rate, None if key is None else fold_path(key, "head")))
 
 
@@ -85,6 +111,101 @@ def sequence_classification(summary: Apply) -> Apply:
         return LogitsOutput(logits=classify(p, c, summary(p, c, input_ids, key=key, **inputs), key))
 
     return apply
+
+
+def causal_lm(encode: Apply) -> Apply:
+    """Scores of the next word at every position: logits [B, T, V]."""
+
+    def apply(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> LogitsOutput:
+        x, cache = encode(p, c, input_ids, **inputs)
+        return LogitsOutput(logits=lm_logits(p, x), cache=cache)
+
+    return apply
+
+
+def last_token_classification(encode: Apply) -> Apply:
+    """A label for every text, from its last token that is no padding: logits [B, labels].
+
+    Where padding is, is told from `pad_token_id` among the ids; vectors (`inputs_embeds`) have none.
+
+    Raises:
+        ValueError: several rows, and the configuration has no `pad_token_id`.
+    """
+
+    def apply(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> LogitsOutput:
+        x, cache = encode(p, c, input_ids, **inputs)
+        if c.pad_token_id is None and len(x) > 1:
+            raise ValueError("classifying several rows by their last token needs pad_token_id in the configuration")
+        last = jnp.full(len(x), x.shape[1] - 1)
+        if c.pad_token_id is not None and input_ids is not None:
+            last = jnp.argmax(jnp.where(input_ids != c.pad_token_id, jnp.arange(x.shape[1]), 0), axis=-1)
+        return LogitsOutput(logits=linear(p["head"], x[jnp.arange(len(x)), last]), cache=cache)
+
+    return apply
+
+
+def decoder_heads(
+    name: str,
+    base: str,
+    spec: Callable[[Any], dict[str, Spec]],
+    encode: Apply,
+    *,
+    lm: str = "ForCausalLM",
+    token: str = "score",
+) -> tuple[Architecture, ...]:
+    """The heads of decoders: the next word, and labels for texts (from their last token), tokens and spans.
+
+    Args:
+        name: what the class names begin with.
+        base: the bare model's prefix in checkpoints (that of the span head is "transformer", whatever the family).
+        spec: of the bare model.
+        encode: see above.
+        lm: what the class name of the first ends with.
+        token: checkpoint name of the token head.
+    """
+    words, text = with_heads(base, spec, lm_head()), with_heads(base, spec, linear_head("score", bias=False))
+    labels, span = (
+        with_heads(base, spec, linear_head(token)),
+        with_heads("transformer", spec, linear_head("qa_outputs", 2)),
+    )
+    return (
+        Architecture(name + lm, "ForCausalLM", words, causal_lm(encode), also=("ForPreTraining",)),
+        *(
+            Architecture(name + task, task, made, head(encode))
+            for task, made, head in (
+                ("ForSequenceClassification", text, last_token_classification),
+                ("ForTokenClassification", labels, token_classification),
+                ("ForQuestionAnswering", span, question_answering),
+            )
+        ),
+    )
+
+
+def summary_spec(name: str, c: Any, labels: int) -> dict[str, Spec]:
+    """The projection of a text's vector onto scores, as the `summary_*` fields of the configuration say."""
+    if not c.summary_use_proj:
+        return {}
+    width = labels if c.summary_proj_to_labels else c.hidden_size
+    return {"summary": linear_spec(name, c.hidden_size, width, ("embed", None), init=normal(c.initializer_range))}
+
+
+def summary(p: dict[str, Any], c: Any, x: jax.Array, at: jax.Array | None, key: jax.Array | None) -> jax.Array:
+    """Scores of every text from one of its states or their mean: [B, T, E] -> [B, labels].
+
+    `at` [B] says which state for the type "cls_index"; the last one by default.
+    """
+    match c.summary_type:
+        case "first":
+            x = x[:, 0]
+        case "mean":
+            x = x.mean(1)
+        case "cls_index" if at is not None:
+            x = x[jnp.arange(len(x)), at]
+        case _:
+            x = x[:, -1]
+    x = dropout(x, c.summary_first_dropout, None if key is None else fold_path(key, "summary"))
+    x = linear(p["summary"], x) if "summary" in p else x
+    return activation(c.summary_activation or "linear")(x)
 
 
 def token_classification(encode: Apply) -> Apply:
@@ -100,16 +221,26 @@ def multiple_choice(summary: Apply) -> Apply:
     """A score for every choice: inputs [B, choices, T], run as rows of one batch -> logits [B, choices]."""
 
     def apply(p: Any, c: Any, key: Any = None, **inputs: Any) -> LogitsOutput:
-        given = {name: x for name, x in inputs.items() if x is not None}
-        if not given:
-            raise ValueError("give either input_ids or inputs_embeds")
-        first = next(iter(given.values()))
-        if first.ndim < 3:
-            raise ValueError(f"multiple choice takes [batch, choices, length], got {next(iter(given))} {first.shape}")
-        rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in given.items()}
-        return LogitsOutput(logits=classify(p, c, summary(p, c, key=key, **rows), key).reshape(first.shape[:2]))
+        rows, shape = as_rows(inputs)
+        return LogitsOutput(logits=classify(p, c, summary(p, c, key=key, **rows), key).reshape(shape))
 
     return apply
+
+
+def as_rows(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Inputs [B, choices, T, ...] as rows [B * choices, T, ...], without those that are None; and (B, choices).
+
+    Raises:
+        ValueError: no input at all, or one without a dimension for the choices.
+    """
+    given = {name: x for name, x in inputs.items() if x is not None}
+    if not given:
+        raise ValueError("give either input_ids or inputs_embeds")
+    for name, x in given.items():
+        if x.ndim < 3:
+            raise ValueError(f"multiple choice takes [batch, choices, length], got {name} {x.shape}")
+    first = next(iter(given.values()))
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in given.items()}, first.shape[:2]
 
 
 def question_answering(encode: Apply) -> Apply:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from formax.core.layout import TRANSPOSE, Layout
+from formax.core.layout import SAME, TRANSPOSE, Layout, Part
 from formax.core.spec import At, Initializer, Param, Spec, zeros
 
 
@@ -26,6 +27,38 @@ def linear_spec(
     if bias:
         spec["bias"] = Param((d_out,), axes[1:], "bias", zeros)
     return At(name, spec)
+
+
+def fused_spec(
+    name: str,
+    d_in: int,
+    parts: Mapping[str, tuple[int, str]],
+    *,
+    init: Initializer,
+    bias: bool = True,
+    layout: Layout = TRANSPOSE,
+    groups: int = 1,
+) -> dict[str, Spec]:
+    """Several affine maps of one input whose kernels a checkpoint keeps as one, such as q, k and v.
+
+    Args:
+        name: of the fused tensor.
+        d_in: width of the input.
+        parts: {key in the tree: (width of the output, its logical axis)}, in the order of the file.
+        init: initialiser of the kernels.
+        bias: whether there are biases.
+        layout: `TRANSPOSE` for a tensor (d_out, d_in), `SAME` for (d_in, d_out).
+        groups: the parts are interleaved in so many runs (see `Part`).
+    """
+    sizes = tuple(size for size, _ in parts.values())
+    spec: dict[str, Spec] = {}
+    for i, (key, (size, axis)) in enumerate(parts.items()):
+        kernel = Part(i, sizes, 0 if layout == TRANSPOSE else 1, groups, layout)
+        leaves: dict[str, Spec] = {"kernel": Param((d_in, size), ("embed", axis), "weight", init, kernel)}
+        if bias:
+            leaves["bias"] = Param((size,), (axis,), "bias", zeros, Part(i, sizes, 0, groups, SAME))
+        spec[key] = At(name, leaves)
+    return spec
 
 
 def linear(p: dict[str, Any], x: jax.Array) -> jax.Array:

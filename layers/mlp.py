@@ -7,23 +7,59 @@ from typing import Any
 import jax
 
 from formax.core import tap
+from formax.core.layout import TRANSPOSE, Layout
 from formax.core.spec import Initializer, Spec
 from formax.layers.activations import activation
+from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
 
 
 def dense_spec(
-    size: int, inner: int, names: tuple[str, str], *, init: Initializer, bias: bool = True
+    size: int,
+    inner: int,
+    names: tuple[str, str],
+    *,
+    init: Initializer,
+    out_init: Initializer | None = None,
+    bias: bool = True,
+    layout: Layout = TRANSPOSE,
 ) -> dict[str, Spec]:
-    """`up` (size -> inner) and `down` (inner -> size), stored under the two `names`."""
+    """`up` (size -> inner) and `down` (inner -> size, drawn by `out_init` if given), stored under the two `names`."""
+    shared: dict[str, Any] = {"bias": bias, "layout": layout}
     return {
-        "up": linear_spec(names[0], size, inner, ("embed", "mlp"), init=init, bias=bias),
-        "down": linear_spec(names[1], inner, size, ("mlp", "embed"), init=init, bias=bias),
+        "up": linear_spec(names[0], size, inner, ("embed", "mlp"), init=init, **shared),
+        "down": linear_spec(names[1], inner, size, ("mlp", "embed"), init=out_init or init, **shared),
     }
 
 
-def dense(p: dict[str, Any], x: jax.Array, act: str, *, name: str = "mlp") -> jax.Array:
-    """down(act(up(x))), [B, T, E] -> [B, T, E]. Taps: `mlp.hidden` [B, T, inner] and `mlp.out`."""
+def gated_spec(
+    size: int, inner: int, names: tuple[str, str, str], *, init: Initializer, bias: bool = False
+) -> dict[str, Spec]:
+    """`gate` and `up` (size -> inner) and `down` (inner -> size), stored under the three `names`."""
+    return {
+        "gate": linear_spec(names[0], size, inner, ("embed", "mlp"), init=init, bias=bias),
+        "up": linear_spec(names[1], size, inner, ("embed", "mlp"), init=init, bias=bias),
+        "down": linear_spec(names[2], inner, size, ("mlp", "embed"), init=init, bias=bias),
+    }
+
+
+def gated(
+    p: dict[str, Any], x: jax.Array, act: str, *, rate: float = 0.0, key: jax.Array | None = None, name: str = "mlp"
+) -> jax.Array:
+    """down(act(gate(x)) * up(x)), [B, T, E] -> [B, T, E] (Shazeer 2020, arXiv:2002.05202); otherwise as `dense`."""
     with tap.scope(name):
-        hidden = tap.tap("hidden", activation(act)(linear(p["up"], x)))
+        hidden = tap.tap("hidden", activation(act)(linear(p["gate"], x)) * linear(p["up"], x))
+        hidden = dropout(hidden, rate, key)
+        return tap.tap("out", linear(p["down"], hidden))
+
+
+def dense(
+    p: dict[str, Any], x: jax.Array, act: str, *, rate: float = 0.0, key: jax.Array | None = None, name: str = "mlp"
+) -> jax.Array:
+    """down(act(up(x))), [B, T, E] -> [B, T, E], with dropout at `rate` inside under a key.
+
+    Taps: `mlp.hidden` [B, T, inner] and `mlp.out`.
+    """
+    with tap.scope(name):
+        hidden = dropout(tap.tap("hidden", activation(act)(linear(p["up"], x))), rate, key)
         return tap.tap("out", linear(p["down"], hidden))

@@ -1,4 +1,4 @@
-"""Normalisation over the embedding axis, computed in float32 whatever the activations' dtype."""
+"""Normalisation, computed in float32 whatever the activations' dtype."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core import tap
 from formax.core.spec import At, Param, Spec, ones, zeros
 
 
@@ -28,3 +29,75 @@ def layer(p: dict[str, Any], x: jax.Array, eps: float) -> jax.Array:
     var = jnp.square(y - mean).mean(-1, keepdims=True)
     y = (y - mean) * jax.lax.rsqrt(var + eps)
     return (y * p["scale"].astype(jnp.float32) + p["bias"].astype(jnp.float32)).astype(x.dtype)
+
+
+def rms_spec(name: str, size: int) -> Spec:
+    """Scale of root-mean-square normalisation (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    return At(name, {"scale": Param((size,), ("embed",), "weight", ones)})
+
+
+def rms(p: dict[str, Any], x: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation, [..., E] -> [..., E]; scaled in the dtype of `x`, as checkpoints were trained."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * p["scale"].astype(x.dtype)
+
+
+def group(p: dict[str, Any], x: jax.Array, groups: int, eps: float) -> jax.Array:
+    """Group normalisation (Wu and He 2018) of channels-last maps, [B, *spatial, C] -> [B, *spatial, C].
+
+    Mean and variance are those of a group of channels over all places of one row. Parameters as of `layer_spec`.
+    """
+    y = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    mean = y.mean((1, 3), keepdims=True)
+    var = jnp.square(y - mean).mean((1, 3), keepdims=True)
+    y = ((y - mean) * jax.lax.rsqrt(var + eps)).reshape(x.shape)
+    return (y * p["scale"].astype(jnp.float32) + p["bias"].astype(jnp.float32)).astype(x.dtype)
+
+
+def batch_spec(name: str, size: int, *, counted: bool = True) -> Spec:
+    """Batch normalisation (Ioffe and Szegedy 2015): scale, bias, and the running statistics as buffers.
+
+    Checkpoints of frozen batch normalisation do not count the batches (`counted=False`).
+    """
+    spec: dict[str, Spec] = {
+        "scale": Param((size,), ("conv_out",), "weight", ones),
+        "bias": Param((size,), ("conv_out",), "bias", zeros),
+        "mean": Param((size,), ("conv_out",), "running_mean", zeros, buffer=True),
+        "var": Param((size,), ("conv_out",), "running_var", ones, buffer=True),
+    }
+    if counted:
+        spec["count"] = Param((), (), "num_batches_tracked", zeros, buffer=True, optional=True, stored_as="int64")
+    return At(name, spec)
+
+
+def batch(
+    p: dict[str, Any],
+    x: jax.Array,
+    eps: float = 1e-5,
+    *,
+    momentum: float = 0.1,
+    key: jax.Array | None = None,
+    name: str = "norm",
+) -> jax.Array:
+    """Batch normalisation of channels-last maps, [B, *spatial, C] -> [B, *spatial, C].
+
+    Without a key (inference) by the running statistics. With one (training) by the batch's own; the new running
+    statistics are then the places `mean`, `var` and `count` in the scope `name`, which are the paths of the buffers in
+    the parameter tree: a training step writes back what it finds there.
+    """
+    y = x.astype(jnp.float32)
+    mean, var = p["mean"].astype(jnp.float32), p["var"].astype(jnp.float32)
+    if key is not None:
+        places = tuple(range(x.ndim - 1))
+        count = x.size // x.shape[-1]
+        old = mean, var
+        mean, var = y.mean(places), y.var(places)
+        with tap.scope(name):
+            unbiased = var * (count / max(count - 1, 1))
+            for part, before, now in (("mean", old[0], mean), ("var", old[1], unbiased)):
+                tap.tap(part, ((1 - momentum) * before + momentum * now).astype(p[part].dtype))
+            if "count" in p:
+                tap.tap("count", p["count"] + 1)
+    scale = p["scale"].astype(jnp.float32) * jax.lax.rsqrt(var + eps)
+    return (y * scale + (p["bias"].astype(jnp.float32) - mean * scale)).astype(x.dtype)

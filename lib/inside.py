@@ -32,16 +32,9 @@ def capture(model: Model, *patterns: str) -> Callable[..., tuple[Any, dict[str, 
             'capture needs at least one pattern, such as "layers.*.out"; formax.places(model, ...) lists them'
         )
 
-    def call(
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        *,
-        key: jax.Array | None = None,
-        head_mask: Any = None,
-        **inputs: Any,
-    ) -> tuple[Any, dict[str, jax.Array]]:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        return model.run(given, patterns=patterns, key=key, head_mask=head_mask)
+    def call(*args: Any, key: jax.Array | None = None, **inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
+        given = {**model.name_inputs(args, inputs), **inputs}
+        return model.run(given, patterns=patterns, key=key, output_hidden_states=False, output_attentions=False)
 
     return call
 

@@ -29,19 +29,35 @@ from formax.core.rng import fold_path
 from formax.core.spec import Tree
 from formax.core.tap import Intervention, watch
 
-# Output fields that are collected at taps: field -> (switch of the call, patterns in the order of the field).
-COLLECTED = {
-    "hidden_states": ("output_hidden_states", ("embed.out", "layers.*.out")),
+# Output fields that are collected at taps: field -> (switch of the call, patterns in the order of the field). A family
+# whose last hidden state is the one after its final norm taps that as `last`; it takes the place of the last layer's.
+STATES = ("embed.out", "layers.*.out", "last")
+COLLECTED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "hidden_states": ("output_hidden_states", STATES),
     "attentions": ("output_attentions", ("layers.*.attn.weights",)),
-    "cross_attentions": ("output_attentions", ("layers.*.cross.weights",)),
+    "cross_attentions": ("output_attentions", ("layers.*.cross.weights", "decoder.layers.*.cross.weights")),
+    **{
+        f"{part}_{field}": (switch, tuple(f"{part}.{pattern}" for pattern in patterns))
+        for part in ("encoder", "decoder")
+        for field, switch, patterns in (
+            ("hidden_states", "output_hidden_states", STATES),
+            ("attentions", "output_attentions", ("layers.*.attn.weights",)),
+        )
+    },
 }
 # Inputs that are rows of a table: input -> the field of the configuration that has the table's size.
 TABLES = {
     "input_ids": "vocab_size",
+    "decoder_input_ids": "vocab_size",
     "token_type_ids": "type_vocab_size",
     "position_ids": "max_position_embeddings",
 }
-HEAD_MASKED = ("layers.*.attn.weights", "layers.*.cross.weights")
+# Inputs of every family with attention: factors on the weights, [heads] or [layers, heads] -> where.
+HEAD_MASKS = {
+    "head_mask": ("layers.*.attn.weights", "layers.*.cross.weights", "encoder.layers.*.attn.weights"),
+    "decoder_head_mask": ("decoder.layers.*.attn.weights",),
+    "cross_attn_head_mask": ("decoder.layers.*.cross.weights",),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,63 +82,88 @@ class Model:
 
     def __call__(
         self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        *,
+        *args: Any,
         key: jax.Array | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        head_mask: Any = None,
         **inputs: Any,
     ) -> Any:
         """Runs the model.
 
         Args:
-            input_ids: token ids [B, T].
-            attention_mask: [B, T], 1 where there is a token and 0 where there is padding.
+            *args: the first inputs, in the order of the family: `input_ids` [B, T] and `attention_mask` (1 where there
+                is a token, 0 where there is padding) of a text model, `pixel_values` of a vision model.
             key: a `jax.random.key`; given, dropout is on.
             output_hidden_states: also return the states after the embeddings and after every layer.
             output_attentions: also return the attention weights [B, H, T, S] of every layer.
-            head_mask: [heads] or [layers, heads]; factors on the attention weights.
-            **inputs: the family's other inputs.
+            **inputs: inputs by name. Models with attention also take `head_mask` ([heads] or [layers, heads], factors
+                on the attention weights), encoder-decoders `decoder_head_mask` and `cross_attn_head_mask`.
 
         Returns:
             The architecture's output, a frozen dataclass.
         """
         out, _ = self.run(
-            {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
+            {**self.name_inputs(args, inputs), **inputs},
             key=key,
-            head_mask=head_mask,
-            output_hidden_states=self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states,
-            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         return out
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached for what is no attribute: the architecture's own methods (`encode`, `get_text_features`).
+        methods = {} if name.startswith("__") else self.architecture.methods
+        if name not in methods:
+            more = f"; beside a Model's own it has {', '.join(methods)}" if methods else ""
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{more}")
+        as_method = replace(self, architecture=_as_architecture(self.architecture, name))
+        return as_method.__call__
+
+    def name_inputs(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Positional inputs under their names.
+
+        Raises:
+            TypeError: more than the architecture takes, or one that is given by name as well.
+        """
+        names = self.input_names
+        if len(args) > len(names):
+            raise TypeError(f"{self.architecture.name} takes {', '.join(names)}; {len(args)} inputs were given")
+        named = dict(zip(names, args, strict=False))
+        if twice := named.keys() & inputs.keys():
+            raise TypeError(f"{self.architecture.name} was given {min(twice)!r} twice, by place and by name")
+        return named
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs, in order."""
+        return _input_names(self.architecture.inputs or self.family.inputs)
 
     def run(
         self,
         inputs: Mapping[str, Any],
         *,
         patterns: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
         key: jax.Array | None = None,
-        head_mask: Any = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> tuple[Any, dict[str, Any]]:
-        """The call behind `__call__` and `formax.capture`: (output, {place: value} of the places asked for)."""
-        arrays, static = self.sort_inputs(inputs)
+        """The call behind `__call__` and `formax.capture`: (output, {place: value} of the places asked for).
+
+        Each of `patterns` must match a place, those of `optional` may; the rest as in `__call__`.
+        """
+        factors = {name: jnp.asarray(inputs[name], jnp.float32) for name in HEAD_MASKS if inputs.get(name) is not None}
+        arrays, static = self.sort_inputs({name: x for name, x in inputs.items() if name not in HEAD_MASKS})
         if key is not None and not isinstance(key, jax.Array):
             raise TypeError(f"key must be a jax.random.key, got {type(key).__name__}; write key=jax.random.key(0)")
-        wanted = tuple(
-            name
-            for name, (switch, _) in COLLECTED.items()
-            if {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}[switch]
-        )
-        if head_mask is not None:
-            head_mask = jnp.asarray(head_mask, jnp.float32)
-        arguments = (self, arrays, key, head_mask, tuple(static.items()), wanted, patterns)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, head_mask)))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        on = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        wanted = tuple(name for name, switch in on.items() if switch)
+        arguments = (self, arrays, key, factors, tuple(static.items()), wanted, patterns, optional)
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, factors)))
         return _forward(*arguments) if traced else _compiled_forward(*arguments)
 
     def sort_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -132,7 +173,7 @@ class Model:
             TypeError: an input that the family does not take, with the nearest names.
             ValueError: ragged rows, or ids off their table.
         """
-        known = _input_names(self.family.inputs)
+        known = self.input_names
         arrays: dict[str, Any] = {}
         static: dict[str, Any] = {}
         for name, value in inputs.items():
@@ -173,8 +214,13 @@ class Model:
             ValueError: `dtype` is no floating-point type.
         """
         to = floating(dtype)
-        params = jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, self.params)
-        return replace(self, params=params, config=self.config.replace(dtype=to.name))
+        leaves = specs.flatten(self.params)
+        kept = {entry.path for entry in specs.table(self.spec).entries if entry.param.stored_as is not None}
+        cast = {
+            path: leaf.astype(to) if jnp.issubdtype(leaf.dtype, jnp.floating) and path not in kept else leaf
+            for path, leaf in leaves.items()
+        }
+        return replace(self, params=specs.unflatten(cast), config=self.config.replace(dtype=to.name))
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of scalars in the tree (tied weights once); without buffers if `only_trainable`."""
@@ -281,39 +327,79 @@ def _forward(
     model: Model,
     arrays: dict[str, Any],
     key: jax.Array | None,
-    head_mask: jax.Array | None,
+    factors: dict[str, jax.Array],
     static: tuple[tuple[str, Any], ...],
     wanted: tuple[str, ...],
     patterns: tuple[str, ...],
+    optional: tuple[str, ...],
 ) -> tuple[Any, dict[str, Any]]:
     """The forward pass with its taps watched."""
-    places = {name: COLLECTED[name][1] for name in wanted}
+    fields = {
+        name: found
+        for name, (switch, found) in (COLLECTED | dict(model.architecture.collected)).items()
+        if switch in wanted
+    }
     interventions = model.interventions
-    if head_mask is not None:
-        depth = model.config.num_hidden_layers
-        if head_mask.ndim not in (1, 2) or (head_mask.ndim == 2 and len(head_mask) != depth):
-            raise ValueError(f"head_mask must be [heads] or [{depth} layers, heads], got shape {head_mask.shape}")
-
-        def masked(weights: jax.Array, layer: Any) -> jax.Array:
-            factors = head_mask if head_mask.ndim == 1 else head_mask[layer]
-            if len(factors) != weights.shape[1]:
-                heads = weights.shape[1]
-                raise ValueError(f"head_mask {head_mask.shape} is for {len(factors)} heads, there are {heads}")
-            return weights * factors[None, :, None, None].astype(weights.dtype)
-
-        interventions += tuple(Intervention(pattern, masked, indexed=True, required=False) for pattern in HEAD_MASKED)
-    optional = tuple(pattern for found in places.values() for pattern in found)
-    with watch(patterns, interventions, optional=optional) as seen:
+    for name, factor in factors.items():
+        interventions += tuple(
+            Intervention(pattern, _head_factors(name, factor), indexed=True, required=False)
+            for pattern in HEAD_MASKS[name]
+        )
+    states = tuple(pattern for found in fields.values() for pattern in found)
+    with watch(patterns, interventions, optional=(*optional, *states)) as seen:
         arguments = {**arrays, **dict(static)}
         if key is not None:
             arguments["key"] = key
         out = model.architecture.apply(model.params, model.config, **arguments)
-    collected = {name: tuple(seen.find(found).values()) for name, found in places.items()}
-    out = replace(out, **{name: values for name, values in collected.items() if values})
-    return out, seen.find(patterns)
+    for name, factor in factors.items():
+        depth = max(len(seen.among((pattern,))) for pattern in HEAD_MASKS[name])
+        if depth == 0:
+            raise ValueError(f"{name} is given, but this call has no such attention weights")
+        if factor.ndim == 2 and len(factor) != depth:
+            raise ValueError(f"{name} must be [heads] or [{depth} layers, heads], got shape {factor.shape}")
+    for name, found in fields.items():
+        out = _filled(out, name.split("."), _states(seen.find(found)))
+    return out, seen.find((*patterns, *optional))
 
 
-_compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6))
+_compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6, 7))
+
+
+def _head_factors(name: str, factors: jax.Array) -> Callable[[jax.Array, Any], jax.Array]:
+    """The intervention that multiplies attention weights [B, H, T, S] by `factors`, [heads] or [layers, heads]."""
+    if factors.ndim not in (1, 2):
+        raise ValueError(f"{name} must be [heads] or [layers, heads], got shape {factors.shape}")
+
+    def masked(weights: jax.Array, layer: Any) -> jax.Array:
+        row = factors if factors.ndim == 1 else factors[layer]
+        if len(row) != weights.shape[1]:
+            raise ValueError(f"{name} {factors.shape} is for {len(row)} heads, there are {weights.shape[1]}")
+        return weights * row[None, :, None, None].astype(weights.dtype)
+
+    return masked
+
+
+def _states(found: dict[str, Any]) -> tuple[Any, ...]:
+    """The values in order, where that of a final norm takes the place of the last layer's."""
+    values = list(found.values())
+    if len(values) > 1 and next(reversed(found)).rpartition(".")[2] == "last":
+        del values[-2]
+    return tuple(values)
+
+
+def _filled(out: Any, field: Sequence[str], values: tuple[Any, ...]) -> Any:
+    """`out` with `values` in its (dotted) field, if it has that field and there are values."""
+    inner = getattr(out, field[0], None) if field[1:] else None
+    if not values or not hasattr(out, field[0]) or (field[1:] and inner is None):
+        return out
+    return replace(out, **{field[0]: _filled(inner, field[1:], values) if field[1:] else values})
+
+
+@lru_cache(maxsize=512)
+def _as_architecture(architecture: Architecture, method: str) -> Architecture:
+    """A method of an architecture as an architecture of its own: one object, so that it is compiled once."""
+    function = architecture.methods[method]
+    return replace(architecture, name=f"{architecture.name}.{method}", apply=function, inputs=function)
 
 
 @lru_cache(maxsize=512)
@@ -339,6 +425,8 @@ def _checked(model: Model, name: str, given: Any) -> np.ndarray:
     if value.dtype.kind in "USO":
         raise ValueError(f"{name} must hold numbers, it holds {given!r:.40}; a tokenizer makes ids of text")
     limit = getattr(model.config, TABLES[name], None) if name in TABLES else None
+    if name == "position_ids" and hasattr(model.config, "rope_parameters"):
+        limit = None  # rotary positions are computed, there is no table of them
     if limit is not None and value.size:
         if value.dtype.kind not in "iu":
             raise ValueError(f"{name} must hold whole numbers, it holds {value.dtype}")

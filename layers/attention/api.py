@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,15 +103,22 @@ def attention_spec(
     init: Initializer,
     kv_heads: int | None = None,
     kv_size: int | None = None,
-    bias: bool = True,
+    bias: bool | str = True,
 ) -> dict[str, Spec]:
-    """`q`, `k`, `v`, `o` projections, stored under the four `names`; `kv_size` is the width that keys are made from."""
+    """`q`, `k`, `v`, `o` projections, stored under the four `names`.
+
+    `kv_size` is the width that keys are made from; `bias` may name the projections that have one ("qvo").
+    """
     kv = (kv_heads or heads) * head_dim
+    shapes: dict[str, tuple[int, int, tuple[str, str]]] = {
+        "q": (size, heads * head_dim, ("embed", "heads")),
+        "k": (kv_size or size, kv, ("embed", "kv_heads")),
+        "v": (kv_size or size, kv, ("embed", "kv_heads")),
+        "o": (heads * head_dim, size, ("heads", "embed")),
+    }
     return {
-        "q": linear_spec(names[0], size, heads * head_dim, ("embed", "heads"), init=init, bias=bias),
-        "k": linear_spec(names[1], kv_size or size, kv, ("embed", "kv_heads"), init=init, bias=bias),
-        "v": linear_spec(names[2], kv_size or size, kv, ("embed", "kv_heads"), init=init, bias=bias),
-        "o": linear_spec(names[3], heads * head_dim, size, ("heads", "embed"), init=init, bias=bias),
+        part: linear_spec(name, d_in, d_out, axes, init=init, bias=part in bias if isinstance(bias, str) else bias)
+        for name, (part, (d_in, d_out, axes)) in zip(names, shapes.items(), strict=True)
     }
 
 
@@ -130,7 +138,9 @@ def self_attention(
     head_dim: int,
     *,
     mask: Mask,
+    rotate: Callable[[jax.Array], jax.Array] | None = None,
     bias: Any = None,
+    scale: float | None = None,
     cache: KVCache | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
@@ -138,18 +148,22 @@ def self_attention(
 ) -> tuple[jax.Array, KVCache | None]:
     """Multi-head self-attention, [B, T, E] -> ([B, T, E], the cache with these T positions).
 
-    The number of heads is what the kernels hold (a pruned layer has fewer). `bias` is an array, or a function of
-    (q, k) that gives one. With a cache, keys are the buffer's S positions and `mask` must hide the unfilled ones, as a
-    causal mask at `q_offset=cache.length` does. Taps, under `name`: `q`, `k`, `v`, `scores`, `weights`, `out`.
+    The number of heads is what the kernels hold (a pruned layer has fewer). `rotate` puts positions into queries and
+    keys (`layers.rope`). `bias` is an array, or a function of (q, k) that gives one. With a cache, keys are the
+    buffer's S positions and `mask` must hide the unfilled ones, as a causal mask at `q_offset=cache.length` does. Taps,
+    under `name`: `q`, `k`, `v`, `scores`, `weights`, `out`.
     """
     with tap.scope(name):
-        q, k, v = (tap.tap(part, split_heads(linear(p[part], x), head_dim)) for part in ("q", "k", "v"))
+        q, k, v = (split_heads(linear(p[part], x), head_dim) for part in ("q", "k", "v"))
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        q, k, v = tap.tap("q", q), tap.tap("k", k), tap.tap("v", v)
         if cache is not None:
             cache = cache.append(k, v)
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         if callable(bias):
             bias = bias(q, k)
-        out = attention(q, k, v, mask=mask, bias=bias, dropout=dropout, key=key)
+        out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, key=key)
         return tap.tap("out", linear(p["o"], merge_heads(out))), cache
 
 
@@ -160,6 +174,7 @@ def cross_attention(
     head_dim: int,
     *,
     mask: Mask,
+    scale: float | None = None,
     cache: KVCache | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
@@ -180,5 +195,5 @@ def cross_attention(
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         else:
             raise ValueError("cross-attention needs encoder_hidden_states, or a cache that holds their keys and values")
-        out = attention(q, k, v, mask=mask, dropout=dropout, key=key)
+        out = attention(q, k, v, mask=mask, scale=scale, dropout=dropout, key=key)
         return tap.tap("out", linear(p["o"], merge_heads(out))), cache

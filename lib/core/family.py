@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from formax.core.config import Config
@@ -16,15 +16,25 @@ class Architecture:
 
     Attributes:
         name: as `architectures` in config.json has it, e.g. "BertForMaskedLM".
-        task: the Auto class's name after "AutoModel": "" for the bare model, "ForMaskedLM", ...
+        task: the Auto class's name after "AutoModel": "" for the bare model, "ForMaskedLM", ...; "Backbone".
         spec: `spec(config)` declares the parameters.
         apply: `apply(params, config, **inputs, key=None)` computes the output.
+        also: further tasks whose Auto classes open this architecture.
+        inputs: the function whose parameters name what the architecture is called with; the family's by default.
+        methods: further functions of the same parameters, `method(params, config, **inputs)`, which a model offers as
+            methods: {"encode": ...}.
+        collected: places of output fields beyond those of `formax.model.COLLECTED`, and in their place: {dotted field:
+            (switch of the call, patterns in the order of the field)}.
     """
 
     name: str
     task: str
     spec: Callable[[Any], Spec]
     apply: Callable[..., Any]
+    also: tuple[str, ...] = ()
+    inputs: Callable[..., Any] | None = None
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    collected: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +70,9 @@ class Family:
         return next((arch for arch in self.architectures if arch.name == plain), None)
 
     def for_task(self, task: str) -> Architecture | None:
-        """The first architecture of that task."""
-        return next((arch for arch in self.architectures if arch.task == task), None)
+        """The first architecture of that task, else the first that serves it too."""
+        found = next((arch for arch in self.architectures if arch.task == task), None)
+        return found or next((arch for arch in self.architectures if task in arch.also), None)
 
     def known_names(self, config: Config) -> set[str]:
         """Every checkpoint name that some architecture of the family reads."""

@@ -91,6 +91,58 @@ class PreTrainingOutput(Output):
 
 
 @output
+class Seq2SeqOutput(Output):
+    """An encoder-decoder's `last_hidden_state` [B, T, H] of the decoder, and the encoder's [B, S, H]."""
+
+    last_hidden_state: Array
+    cache: Any = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class Seq2SeqLogitsOutput(Output):
+    """`logits` of a head of an encoder-decoder: [B, T, V] of the decoder's words, [B, labels] of a classifier."""
+
+    logits: Array
+    cache: Any = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class Seq2SeqQuestionAnsweringOutput(Output):
+    """`start_logits` and `end_logits` [B, T] of the answer span, over the decoder's positions."""
+
+    start_logits: Array
+    end_logits: Array
+    cache: Any = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class BackboneOutput(Output):
+    """`feature_maps`, one [B, C, height, width] for each stage that was asked for."""
+
+    feature_maps: tuple[Array, ...]
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
 class QuestionAnsweringOutput(Output):
     """`start_logits` and `end_logits` [B, T] of the answer span."""
 

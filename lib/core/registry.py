@@ -1,4 +1,7 @@
-"""Which families there are: a literal table, also the index page; modules are imported when first used."""
+"""Which families there are: a literal table, also the index page; modules are imported when first used.
+
+A module's family is its `FAMILY`; where it has several, such as the towers of CLIP, "module:NAME" says which.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,21 @@ import importlib
 from formax.core.family import Family
 
 MODULES = {
+    "bart": "formax.models.text.bart",
     "bert": "formax.models.text.bert",
+    "clip": "formax.models.multimodal.clip",
+    "clip_text_model": "formax.models.multimodal.clip:TEXT",
+    "clip_vision_model": "formax.models.multimodal.clip:VISION",
+    "detr": "formax.models.vision.detr",
+    "gpt2": "formax.models.text.gpt2",
+    "llama": "formax.models.text.llama",
+    "mamba": "formax.models.text.mamba",
+    "mixtral": "formax.models.text.mixtral",
+    "resnet": "formax.models.vision.resnet",
+    "t5": "formax.models.text.t5",
+    "vit": "formax.models.vision.vit",
+    "wav2vec2": "formax.models.audio.wav2vec2",
+    "whisper": "formax.models.audio.whisper",
 }
 
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.
@@ -53,4 +70,5 @@ def family(model_type: str) -> Family:
         near = difflib.get_close_matches(name, [_plain(key) for key in model_types()], n=3, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(model_types())}"
         raise UnknownModelTypeError(f"formax has no model_type {model_type!r}{hint}")
-    return importlib.import_module(MODULES[known[name]]).FAMILY
+    module, _, attribute = MODULES[known[name]].partition(":")
+    return getattr(importlib.import_module(module), attribute or "FAMILY")

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -70,6 +70,8 @@ class Param:
         also: older last parts under which checkpoints of the wild hold the same tensor (read, never written).
         optional: a checkpoint may lack it; it is then initialised, and said so.
         buffer: state rather than weight (running statistics): read and written, never trained.
+        stored_as: integer dtype of the stored tensor ("int64"). The leaf is then float32 whatever the model's dtype, so
+            that gradients of whole models exist; it is exact up to 2**24.
     """
 
     shape: tuple[int, ...]
@@ -80,6 +82,7 @@ class Param:
     also: tuple[str, ...] = ()
     optional: bool = False
     buffer: bool = False
+    stored_as: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
@@ -87,6 +90,10 @@ class Param:
         unknown = [axis for axis in self.axes if axis is not None and axis not in AXES]
         if unknown:
             raise ValueError(f"parameter {self.name!r}: unknown logical axes {unknown}; known are {', '.join(AXES)}")
+
+    def dtype(self, dtype: Any) -> Any:
+        """Dtype of the leaf in a tree of `dtype`."""
+        return dtype if self.stored_as is None else jnp.float32
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,7 @@ def flatten(tree: Tree) -> dict[Path, Any]:
 
 def abstract(spec: Spec, dtype: Any = jnp.float32) -> Tree:
     """The parameter tree as `jax.ShapeDtypeStruct`s: what `jax.eval_shape` of a forward pass takes."""
-    return build(spec, lambda entry: jax.ShapeDtypeStruct(entry.param.shape, dtype))
+    return build(spec, lambda entry: jax.ShapeDtypeStruct(entry.param.shape, entry.param.dtype(dtype)))
 
 
 def logical_axes(spec: Spec) -> Tree:
@@ -315,27 +322,29 @@ def init_entries(
     """`init` for some leaves only: {path: array}, the same values as in the whole tree."""
     if not isinstance(key, jax.Array):
         raise TypeError(f"key must be a jax.random.key, got {type(key).__name__}; write key=jax.random.key(0)")
-    plan = tuple((entry.key, entry.param.shape, entry.param.init) for entry in entries)
+    plan = tuple(
+        (entry.key, entry.param.shape, entry.param.init, jnp.dtype(entry.param.dtype(dtype))) for entry in entries
+    )
     places = None if shardings is None else tuple(shardings[entry.path] for entry in entries)
-    return dict(zip((entry.path for entry in entries), _draw(plan, jnp.dtype(dtype), places)(key), strict=True))
+    return dict(zip((entry.path for entry in entries), _draw(plan, places)(key), strict=True))
 
 
 @lru_cache(maxsize=128)
 def _draw(
-    plan: tuple[tuple[str, tuple[int, ...], Initializer], ...], dtype: Any, shardings: tuple[Any, ...] | None
+    plan: tuple[tuple[str, tuple[int, ...], Initializer, np.dtype], ...], shardings: tuple[Any, ...] | None
 ) -> Callable[[jax.Array], tuple[jax.Array, ...]]:
-    """The compiled program that draws leaves of these names, shapes and initialisers from a key."""
-    groups: dict[tuple[tuple[int, ...], Initializer], list[str]] = defaultdict(list)
-    for name, shape, initializer in plan:
-        groups[shape, initializer].append(name)
+    """The compiled program that draws leaves of these names, shapes, initialisers and dtypes from a key."""
+    groups: dict[tuple[tuple[int, ...], Initializer, np.dtype], list[str]] = defaultdict(list)
+    for name, *kind in plan:
+        groups[tuple(kind)].append(name)  # type: ignore[index]
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
         values: dict[str, jax.Array] = {}
-        for (shape, initializer), names in groups.items():
+        for (shape, initializer, dtype), names in groups.items():
             keys = jnp.stack([rng.fold_path(key, name) for name in names])
-            drawn = jax.vmap(lambda k, shape=shape, initializer=initializer: initializer(k, shape, dtype))(keys)
+            drawn = jax.vmap(partial(initializer, shape=shape, dtype=dtype))(keys)
             values.update({name: drawn[i] for i, name in enumerate(names)})
-        return tuple(values[name] for name, _, _ in plan)
+        return tuple(values[name] for name, *_ in plan)
 
     return jax.jit(draw, out_shardings=shardings)
 
@@ -414,7 +423,7 @@ def fold(
         x: what flows through, any pytree of arrays.
         cache: per-layer caches, a tuple or stacked as the layers are; None for none.
         key: random key for dropout, folded with the layer's number; None turns dropout off.
-        data: what differs from layer to layer besides parameters, a tuple (or stacked) like the layers.
+        data: what differs from layer to layer besides parameters, a tuple with an entry a layer.
         remat: recompute the block in the backward pass instead of storing its activations.
         name: scope of the taps inside, "layers" -> "layers.0.attn.weights".
 
@@ -443,6 +452,8 @@ def fold(
         return x, None if cache is None else tuple(caches)
 
     depth = len(jax.tree.leaves(layers)[0])
+    if isinstance(data, tuple | list):
+        data = jax.tree.map(lambda *values: jnp.stack(values), *data)
     with tap.scope(name):
 
         def scanned(x: Any, item: tuple[Any, ...]) -> tuple[Any, Any]:

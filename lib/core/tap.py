@@ -57,6 +57,10 @@ class Watch:
             found.update({name: value for name, value in self.seen.items() if _regex(pattern).fullmatch(name)})
         return found
 
+    def among(self, patterns: Sequence[str]) -> list[str]:
+        """All places that were passed and that match one of the patterns."""
+        return [place for place in self.places if any(_regex(pattern).fullmatch(place) for pattern in patterns)]
+
     def asks(self, *places: str) -> bool:
         """Whether a value at any of these places is to be collected."""
         return any(_regex(pattern).fullmatch(place) for pattern in self.patterns for place in places)

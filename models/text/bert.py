@@ -18,7 +18,7 @@ from formax.core.outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, optional, stack_of
 from formax.layers import embed, heads, mlp, norm
-from formax.layers.activations import ACTIVATIONS
+from formax.layers.activations import check_activation
 from formax.layers.attention import KVCache, attention_spec, cross_attention, from_attention_mask, self_attention
 from formax.layers.attention.bias import relative_key_bias, relative_key_spec
 from formax.layers.dropout import dropout
@@ -56,8 +56,7 @@ class BertConfig(Config):
             )
         if self.add_cross_attention and not self.is_decoder:
             raise ConfigError("add_cross_attention=True needs is_decoder=True")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"hidden_act={self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+        check_activation(self.hidden_act)
 
     @property
     def head_dim(self) -> int:

@@ -160,8 +160,23 @@ def run(case: Case, config: Mapping[str, Any], tensors: Tensors, inputs: Mapping
         model.save_pretrained(folder)
         saved = read(Path(folder))
     with torch.inference_mode():
-        out = model.eval()(**{name: torch.from_numpy(np.array(x)) for name, x in inputs.items()}, **case.call)
+        out = model.eval()(**arguments(inputs), **case.call)
     return dict(flattened(case, out)), saved
+
+
+def arguments(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the call's tensors; `labels.boxes` [B, N, ...] and the like as a dict a row of `labels.count` entries."""
+    out: dict[str, Any] = {}
+    for name, array in inputs.items():
+        argument, _, part = name.partition(".")
+        if not part:
+            out[name] = torch.from_numpy(np.array(array))
+        elif part != "count":
+            counts = inputs[f"{argument}.count"]
+            rows = out.setdefault(argument, [{} for _ in counts])
+            for row, entries, count in zip(rows, array, counts, strict=True):
+                row[part] = torch.from_numpy(np.array(entries[:count]))
+    return out
 
 
 def flattened(case: Case, out: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -169,13 +184,21 @@ def flattened(case: Case, out: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     for name in case.outputs:
         value = out
         for part in name.split("."):
-            value = getattr(value, part, None)
+            value = value[int(part)] if part.isdigit() else getattr(value, part, None)
         if value is None:
             raise ValueError(f"{case.name}: {case.architecture} returned no {name}; it returned {', '.join(out)}")
-        if isinstance(value, tuple):
-            yield from ((f"{name}.{i}", entry.numpy()) for i, entry in enumerate(value))
-        else:
-            yield name, value.numpy()
+        yield from entries(name, value)
+
+
+def entries(name: str, value: Any) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yields the tensors of an output, those inside tuples, lists and dicts by their place: `hidden_states.0`."""
+    if isinstance(value, tuple | list):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from entries(f"{name}.{key}", entry)
+    else:
+        yield name, value.numpy()
 
 
 def read(folder: Path) -> Tensors:
@@ -271,7 +294,7 @@ def sensitivity(family: str, module: ModuleType) -> int:
             inputs = {key: np.array(value) for key, value in cases[name].inputs.items()}
             bug.apply(config, tensors, inputs)
             moved = errors(cases[name], right, run(cases[name], config, tensors, inputs)[0])
-            judged = bug.outputs or tuple(key for key in moved if key != "loss")
+            judged = bug.outputs or tuple(key for key in moved if not key.startswith("loss"))
             hidden += [f"{bug.name} | {name}: {key} {moved[key]:.1e}" for key in judged if moved[key] < bug.least]
             print(f"{bug.name} | {name}: {', '.join(f'{key} {value:.1e}' for key, value in moved.items())}", flush=True)
     shown: dict[str, float] = {}

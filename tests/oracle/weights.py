@@ -29,13 +29,16 @@ def tensor(name: str, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -
         dtype: any floating dtype that numpy knows (also `ml_dtypes.bfloat16`).
 
     Raises:
-        ValueError: `dtype` is not a floating type. Integer buffers mean something, so a family states their values.
+        ValueError: `dtype` is not a floating type. Integer buffers mean something, so a family states their values; but
+            for how many batches a batch norm has seen, which is any number that is not 0.
     """
     kind = np.dtype(dtype)
+    if name.endswith("num_batches_tracked"):
+        return np.full(tuple(shape), 1 + zlib.crc32(name.encode()) % 100_000, kind)
     if kind.kind != "f" and kind.name != "bfloat16":
         raise ValueError(f"{name}: weights of dtype {kind} cannot be made up; give their values in the family's case")
     n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
-    return _scaled(name, n).astype(kind)
+    return np.asarray(_scaled(name, n), kind)  # also of a scalar, of which arithmetic makes no array
 
 
 def _scaled(name: str, n: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -1,0 +1,53 @@
+"""SpecAugment: spans of time or of features hidden from a model in training.
+
+Park et al. 2019, arXiv:1904.08779, with the counts of wav2vec 2.0 (Baevski et al. 2020, arXiv:2006.11477).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def span_mask(
+    key: jax.Array,
+    rows: int,
+    size: int,
+    probability: float,
+    length: int,
+    *,
+    min_spans: int = 0,
+    lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Random spans, True where something is hidden: [rows, size].
+
+    About `probability * n / length` spans for a row of `n` places, at starts that all differ and are equally likely;
+    spans may overlap, so that a smaller part than `probability` is hidden. What the count has after the point decides
+    by one draw for all rows whether there is one span more.
+
+    Args:
+        key: random key.
+        rows: number of rows.
+        size: places of a row.
+        probability: the part of a row that spans would hide if none overlapped.
+        length: places of a span.
+        min_spans: at least so many, where they fit.
+        lengths: [rows] places of each row that are real; spans lie within them.
+
+    Raises:
+        ValueError: a span without places, or longer than a row.
+    """
+    if not 1 <= length <= size:
+        raise ValueError(f"spans of {length} do not fit into {size} places; the length must be 1 to {size}")
+    k_count, k_start = jax.random.split(key)
+    real = jnp.full((rows,), size) if lengths is None else lengths
+    starts = jnp.maximum(real - (length - 1), 0)  # places where a span can begin
+    wanted = jnp.floor(probability * real / length + jax.random.uniform(k_count)).astype(jnp.int32)
+    count = jnp.minimum(jnp.minimum(jnp.maximum(wanted, min_spans), size // length), starts)
+    # Spans begin at the first `count` of these places in a random order.
+    place = jnp.arange(size - length + 1)
+    order = jnp.where(place < starts[:, None], jax.random.uniform(k_start, (rows, place.size)), 2.0)
+    begins = jnp.argsort(jnp.argsort(order)) < count[:, None]
+    begun = jnp.cumsum(jnp.pad(begins, ((0, 0), (0, length - 1))), axis=-1)
+    ended = jnp.pad(begun, ((0, 0), (length, 0)))[:, :size]
+    return begun > ended

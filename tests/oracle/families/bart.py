@@ -1,0 +1,599 @@
+"""BART: five heads, an encoder and a decoder of different shapes, shifted inputs, three head masks, old checkpoints.
+
+Sizes are asymmetric on purpose: 3 layers of 4 heads of 9 read, 2 layers of 3 heads of 12 write; texts of 25 tokens
+become texts of 27. The decoder's first token, the end of a text and padding are three different tokens. The epsilon of
+the norms is a constant of the reference, so a case with tiny inputs shows it.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from oracle.cases import (
+    VOCAB,
+    Array,
+    T,
+    Tensors,
+    change,
+    change_input,
+    configure,
+    ending,
+    floats,
+    ids,
+    labels,
+    mask,
+    zero,
+)
+from oracle.families import Bug, Case
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 36,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 53,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 3,
+    "decoder_ffn_dim": 47,
+    "max_position_embeddings": 40,
+    "pad_token_id": 3,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 5,
+}
+U = 27  # tokens that the decoder is given
+
+
+def text(name: str, *lengths: int, left: bool = False) -> Tensors:
+    """Returns what the encoder reads: token ids and their padding mask, `[rows, T]`, without special tokens."""
+    seen = mask(*lengths, left=left)
+    return {"input_ids": np.where(seen, ids(f"{name}.input_ids", *seen.shape, low=6), 3), "attention_mask": seen}
+
+
+def written(name: str, rows: int = 2) -> Tensors:
+    """Returns what the decoder has written so far, `[rows, U]`; in the last row some tokens are not to be looked at."""
+    seen = np.ones((rows, U), np.int64)
+    seen[-1, 4:9] = seen[-1, 22:] = 0
+    return {"decoder_input_ids": ids(f"{name}.decoder_input_ids", rows, U), "decoder_attention_mask": seen}
+
+
+PADDED = text("padded", 25, 17)
+LEFT = text("left", 25, 18, left=True)
+WRITTEN = written("written")
+PAIR = PADDED | WRITTEN
+# The state at the last end-of-text token is classified: two in every row, in different places.
+ENDED = {
+    "input_ids": PADDED["input_ids"].copy(),
+    "attention_mask": PADDED["attention_mask"],
+}
+ENDED["input_ids"][[0, 0, 1, 1], [9, 24, 5, 16]] = SIZES["eos_token_id"]
+STATES = floats("encoder_outputs", 1, 2, 13, 36)  # the reference takes a tuple, of which this array is the first
+MEMORY = {"encoder_hidden_states": floats("memory", 2, 13, 36), "encoder_attention_mask": mask(13, 8, width=13)}
+SEEN = ("last_hidden_state", "encoder_last_hidden_state")
+TRACES = ("encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "decoder_attentions")
+
+# ---- the five heads, each with its loss ------------------------------------------------------------------------------
+
+HEADS = (
+    Case("model", "BartModel", SIZES, PAIR, SEEN),
+    # The decoder reads the labels, shifted by one, and padding for those that do not count.
+    Case(
+        "conditional_generation",
+        "BartForConditionalGeneration",
+        SIZES,
+        PADDED | {"labels": labels("conditional_generation", VOCAB, mask(U, 20, width=U))},
+        ("loss", "logits", "encoder_last_hidden_state"),
+    ),
+    Case(
+        "conditional_generation_of_ids",
+        "BartForConditionalGeneration",
+        SIZES,
+        PAIR | {"labels": labels("conditional_generation_of_ids", VOCAB, WRITTEN["decoder_attention_mask"])},
+        ("loss", "logits"),
+    ),
+    Case(
+        "sequence_classification",
+        "BartForSequenceClassification",
+        SIZES,
+        ENDED | {"labels": np.array([2, 0])},
+        ("loss", "logits"),
+    ),
+    Case(
+        "question_answering",
+        "BartForQuestionAnswering",
+        SIZES,
+        PADDED | {"start_positions": np.array([4, 9]), "end_positions": np.array([11, 300])},
+        ("loss", "start_logits", "end_logits"),
+    ),
+    # The decoder alone, which passes over its cross-attention; its labels are not shifted, unlike other models'.
+    Case(
+        "causal_lm",
+        "BartForCausalLM",
+        SIZES,
+        PADDED | {"labels": labels("causal_lm", VOCAB, PADDED["attention_mask"])},
+        ("loss", "logits"),
+    ),
+    # Positions are not shifted for left padding: the first real token of a padded row is not at position 0.
+    Case(
+        "causal_lm_cross",
+        "BartForCausalLM",
+        SIZES,
+        LEFT
+        | MEMORY
+        | {
+            "head_mask": np.array([[1, 0, 1], [0.5, 1, 0.25]], np.float32),
+            "cross_attn_head_mask": np.array([[0, 1, 1], [1, 0.75, 0.5]], np.float32),
+        },
+        ("logits",),
+    ),
+    # With the states given, the ids only say where the texts end.
+    Case(
+        "regression",
+        "BartForSequenceClassification",
+        SIZES | {"num_labels": 1},
+        {"input_ids": ENDED["input_ids"], "encoder_outputs": STATES, "labels": floats("regression", 2)},
+        ("loss", "logits"),
+    ),
+)
+
+# ---- what can be passed in -------------------------------------------------------------------------------------------
+
+INPUTS = (
+    # Only token ids, as many as there are positions: the decoder reads the same text, shifted.
+    Case("ids_only", "BartModel", SIZES, {"input_ids": ids("ids_only", 1, 40)}, SEEN),
+    Case(
+        "inputs_embeds",
+        "BartModel",
+        SIZES | {"scale_embedding": True},  # which scales the vectors of the table, not those that are given
+        {
+            "inputs_embeds": floats("inputs_embeds", 2, T, 36),
+            "attention_mask": PADDED["attention_mask"],
+            "decoder_inputs_embeds": floats("decoder_inputs_embeds", 2, U, 36),
+            "decoder_attention_mask": WRITTEN["decoder_attention_mask"],
+        },
+        SEEN,
+    ),
+    # The padding mask of the encoder's states is the one of the text.
+    Case(
+        "encoder_outputs",
+        "BartForConditionalGeneration",
+        SIZES,
+        WRITTEN | {"encoder_outputs": STATES, "attention_mask": mask(13, 8, width=13)},
+        ("logits",),
+    ),
+    Case(
+        "head_masks",
+        "BartModel",
+        SIZES,
+        PAIR
+        | {
+            "head_mask": np.array([[1, 0, 0.5, 1], [0, 1, 1, 0.25], [0.75, 1, 0, 1]], np.float32),
+            "decoder_head_mask": np.array([[1, 0, 1], [0.5, 1, 0.25]], np.float32),
+            "cross_attn_head_mask": np.array([[0, 1, 1], [1, 0.75, 0.5]], np.float32),
+        },
+        SEEN,
+    ),
+    Case(
+        "traces",
+        "BartModel",
+        SIZES,
+        text("traces", 13) | {"decoder_input_ids": ids("traces", 1, 15)},
+        (*SEEN, *TRACES, "cross_attentions"),
+        {"output_hidden_states": True, "output_attentions": True},
+    ),
+    Case(
+        "traces_of_a_decoder",
+        "BartForCausalLM",
+        SIZES,
+        text("traces_of_a_decoder", 15) | {"encoder_hidden_states": MEMORY["encoder_hidden_states"][:1]},
+        ("logits", "hidden_states", "attentions", "cross_attentions"),
+        {"output_hidden_states": True, "output_attentions": True},
+    ),
+    # Vectors so small that the epsilon of the first norms, 1e-5, is what they are measured against.
+    Case(
+        "tiny_inputs",
+        "BartModel",
+        SIZES,
+        {
+            "inputs_embeds": 0.002 * floats("tiny.inputs_embeds", 1, T, 36),
+            "decoder_inputs_embeds": 0.002 * floats("tiny.decoder_inputs_embeds", 1, U, 36),
+        },
+        SEEN,
+        buffers={
+            "encoder.embed_positions.weight": 0.002 * floats("tiny.encoder.positions", 42, 36),
+            "decoder.embed_positions.weight": 0.002 * floats("tiny.decoder.positions", 42, 36),
+        },
+    ),
+)
+
+# ---- what a configuration can ask for --------------------------------------------------------------------------------
+
+CONFIGS = (
+    Case(
+        "scaled",
+        "BartForConditionalGeneration",
+        SIZES | {"scale_embedding": True},
+        PAIR,
+        ("logits", "encoder_last_hidden_state"),
+    ),
+    # The reference counts the layers of its cache by the encoder's, so a deeper decoder only runs without one.
+    Case(
+        "deeper_decoder",
+        "BartForConditionalGeneration",
+        SIZES | {"encoder_layers": 1, "output_hidden_states": True},
+        text("deeper_decoder", 21) | written("deeper_decoder", 1),
+        ("logits", "decoder_hidden_states"),
+        {"use_cache": False},
+    ),
+    Case("act_relu", "BartModel", SIZES | {"activation_function": "relu"}, LEFT | WRITTEN, SEEN),
+    # Untied, the reference has three tables of words, of which it never reads the one that is called shared.
+    Case(
+        "untied",
+        "BartForConditionalGeneration",
+        SIZES | {"tie_word_embeddings": False},
+        PAIR,
+        ("logits", "encoder_last_hidden_state"),
+        buffers={
+            "model.encoder.embed_tokens.weight": 0.5 * floats("untied.encoder", VOCAB, 36),
+            "model.decoder.embed_tokens.weight": 0.5 * floats("untied.decoder", VOCAB, 36),
+        },
+    ),
+    Case(
+        "causal_lm_untied",
+        "BartForCausalLM",
+        SIZES | {"tie_word_embeddings": False, "scale_embedding": True},
+        PADDED,
+        ("logits",),
+    ),
+)
+
+# ---- checkpoints as they are found -----------------------------------------------------------------------------------
+
+# As facebook/bart-large-cnn has it, sizes aside: switches of the first code, settings of the generation.
+CONFIG_2020: dict[str, Any] = {
+    "_num_labels": 3,
+    "activation_dropout": 0.0,
+    "activation_function": "gelu",
+    "add_bias_logits": False,
+    "add_final_layer_norm": False,
+    "architectures": ["BartForConditionalGeneration"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "classif_dropout": 0.0,
+    "classifier_dropout": 0.0,
+    "d_model": 36,
+    "decoder_attention_heads": 3,
+    "decoder_ffn_dim": 47,
+    "decoder_layerdrop": 0.0,
+    "decoder_layers": 2,
+    "decoder_start_token_id": 2,
+    "dropout": 0.1,
+    "early_stopping": True,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 53,
+    "encoder_layerdrop": 0.0,
+    "encoder_layers": 3,
+    "eos_token_id": 2,
+    "extra_pos_embeddings": 2,
+    "forced_bos_token_id": 0,
+    "forced_eos_token_id": 2,
+    "gradient_checkpointing": False,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+    "init_std": 0.02,
+    "is_encoder_decoder": True,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2},
+    "length_penalty": 2.0,
+    "max_length": 142,
+    "max_position_embeddings": 40,
+    "min_length": 56,
+    "model_type": "bart",
+    "no_repeat_ngram_size": 3,
+    "normalize_before": False,
+    "normalize_embedding": True,
+    "num_beams": 4,
+    "num_hidden_layers": 3,
+    "output_past": True,
+    "pad_token_id": 1,
+    "prefix": " ",
+    "scale_embedding": False,
+    "static_position_embeddings": False,
+    "task_specific_params": {"summarization": {"length_penalty": 2.0, "max_length": 142, "num_beams": 4}},
+    "vocab_size": 61,
+}
+TABLES = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
+VERSIONS = {f"model.{part}.version": np.array([3.0], np.float32) for part in ("encoder", "decoder")}
+CROSS_PARTS = ("self_attn_layer_norm", "final_layer_norm", "fc1", "fc2")
+ENCODER_KEYS = (
+    *(f"model.encoder.embed_positions.{leaf}" for leaf in ("weight",)),
+    *(f"model.encoder.layernorm_embedding.{leaf}" for leaf in ("bias", "weight")),
+    *(
+        f"model.encoder.layers.{i}.{part}.{leaf}"
+        for i in range(3)
+        for part in (*CROSS_PARTS, *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")))
+        for leaf in ("bias", "weight")
+    ),
+)
+
+CHECKPOINTS = (
+    # Files of 2020 repeat the table under every name that uses it, and number their format.
+    Case(
+        "old_names",
+        "BartForConditionalGeneration",
+        CONFIG_2020,
+        PAIR,
+        ("logits",),
+        literal_config=True,
+        copies=dict.fromkeys(TABLES, "model.shared.weight"),
+        buffers=VERSIONS,
+    ),
+    # Some files hold the table under the decoder's name alone.
+    Case(
+        "table_of_the_decoder",
+        "BartForConditionalGeneration",
+        SIZES,
+        PAIR,
+        ("logits",),
+        rename=(("model.shared.", "model.decoder.embed_tokens."),),
+    ),
+    # The base model out of a file with a head, and a head put on a base model.
+    Case(
+        "base_of_a_head",
+        "BartModel",
+        SIZES,
+        PAIR,
+        SEEN,
+        writer="BartForConditionalGeneration",
+        unexpected=("final_logits_bias",),
+    ),
+    Case(
+        "head_on_base_model",
+        "BartForConditionalGeneration",
+        SIZES,
+        PAIR,
+        ("logits",),
+        writer="BartModel",
+    ),
+    # The decoder out of a whole model's file, which repeats the table.
+    Case(
+        "decoder_of_a_model",
+        "BartForCausalLM",
+        SIZES,
+        PADDED | MEMORY,
+        ("logits",),
+        writer="BartForConditionalGeneration",
+        copies={"model.decoder.embed_tokens.weight": "model.shared.weight"},
+        unexpected=("final_logits_bias", "model.shared.weight", *ENCODER_KEYS),
+    ),
+)
+
+CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
+
+
+# ---- mistakes that the cases above must show -------------------------------------------------------------------------
+
+
+def _swap(one: str, other: str) -> Any:
+    """Takes tensors for each other."""
+
+    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
+        for key in ending(tensors, one):
+            twin = key.removesuffix(one) + other
+            tensors[key], tensors[twin] = tensors[twin], tensors[key]
+
+    return apply
+
+
+def _both(*plants: Any) -> Any:
+    """Several mistakes at once."""
+
+    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
+        for plant in plants:
+            plant(config, tensors, inputs)
+
+    return apply
+
+
+def _not_causal(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
+    # the reference adds a mask of four dimensions to the scores as it is
+    name = "decoder_attention_mask" if "decoder_attention_mask" in inputs else "attention_mask"
+    seen = inputs[name][:, None, None, :].astype(np.float32)
+    inputs[name] = np.broadcast_to((1 - seen) * -1e9, (*seen.shape[:2], seen.shape[-1], seen.shape[-1])).copy()
+
+
+def _shifted(name: str, pad: int, start: int) -> Any:
+    """Gives the decoder that input, shifted."""
+
+    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
+        source = inputs[name]
+        shifted = np.concatenate([np.full_like(source[:, :1], start), source[:, :-1]], axis=1)
+        inputs["decoder_input_ids"] = np.where(shifted == -100, pad, shifted)
+
+    return apply
+
+
+def _not_shifted(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
+    inputs["decoder_input_ids"] = inputs["input_ids"].copy()
+
+
+def _swap_head_masks(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
+    own = "decoder_head_mask" if "decoder_head_mask" in inputs else "head_mask"
+    inputs[own], inputs["cross_attn_head_mask"] = inputs["cross_attn_head_mask"], inputs[own]
+
+
+def _first_end(input_ids: Array) -> Array:
+    """Drops the last end-of-text token of every row."""
+    out = input_ids.copy()
+    for row in out:
+        row[np.flatnonzero(row == 2)[-1]] = 9
+    return out
+
+
+def _heads_last(heads: int) -> Any:
+    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
+    return lambda w: w[np.arange(w.shape[0]).reshape(w.shape[0] // heads, heads).T.ravel()]
+
+
+WHOLE = ("model", "conditional_generation", "conditional_generation_of_ids", "act_relu")
+LAYERS = (*WHOLE, "sequence_classification", "question_answering")
+EVERY = (*LAYERS, "causal_lm", "causal_lm_cross")
+ENCODER_QKV = tuple(
+    f"encoder.layers.{i}.self_attn.{x}_proj.{y}" for i in (0, 1, 2) for x in "qkv" for y in ("weight", "bias")
+)
+DECODER_QKV = tuple(
+    f"decoder.layers.{i}.{kind}.{x}_proj.{y}"
+    for i in (0, 1)
+    for kind in ("self_attn", "encoder_attn")
+    for x in "qkv"
+    for y in ("weight", "bias")
+)
+
+
+def _of_decoder(name: str, apply: Any, *, cases: tuple[str, ...] = EVERY) -> tuple[Bug, ...]:
+    """A mistake that leaves the encoder as it is."""
+    whole = tuple(case for case in cases if case in ("model", "act_relu", "ids_only", "head_masks"))
+    words = tuple(case for case in cases if case.startswith("conditional_generation"))
+    rest = tuple(case for case in cases if case not in (*whole, *words))
+    outputs = {whole: ("last_hidden_state",), words: ("logits",), rest: ()}
+    return tuple(Bug(name, given, apply, outputs=judged) for given, judged in outputs.items() if given)
+
+
+BUGS = (
+    Bug("positions forgotten", EVERY, zero("embed_positions.weight")),
+    Bug("positions not offset by 2", EVERY, change(lambda w: np.roll(w, 2, 0), "embed_positions.weight")),
+    Bug("bias of the first norm forgotten", EVERY, zero("layernorm_embedding.bias")),
+    Bug(
+        "query and key exchanged",
+        EVERY,
+        _both(_swap("q_proj.weight", "k_proj.weight"), _swap("q_proj.bias", "k_proj.bias")),
+    ),
+    Bug("scores not divided by sqrt(d)", EVERY, change(lambda w: w * 3.0, "q_proj.weight", "q_proj.bias")),
+    Bug("heads of the encoder split the wrong way round", LAYERS, change(_heads_last(4), *ENCODER_QKV)),
+    *_of_decoder("heads of the decoder split the wrong way round", change(_heads_last(3), *DECODER_QKV)),
+    Bug("the encoder has the decoder's heads", LAYERS, configure(encoder_attention_heads=3)),
+    *_of_decoder(
+        "the decoder has the encoder's heads", configure(decoder_attention_heads=4), cases=(*LAYERS, "causal_lm")
+    ),
+    Bug("square kernels not transposed", EVERY, change(np.transpose, "v_proj.weight")),
+    Bug("norms of a layer exchanged", EVERY, _swap("self_attn_layer_norm.weight", "final_layer_norm.weight")),
+    *_of_decoder(
+        "cross-attention's norm taken for its own",
+        _swap("encoder_attn_layer_norm.weight", "self_attn_layer_norm.weight"),
+        cases=LAYERS,
+    ),
+    # The two curves are within 5e-4 of each other everywhere.
+    Bug(
+        "gelu by tanh instead of erf",
+        tuple(name for name in EVERY if name != "act_relu"),
+        configure(activation_function="gelu_new"),
+        least=2e-4,
+    ),
+    Bug("gelu for every activation", ("act_relu",), configure(activation_function="gelu")),
+    # With inputs a thousand times as large the epsilon is none.
+    Bug(
+        "epsilon forgotten",
+        ("tiny_inputs",),
+        _both(
+            change_input("inputs_embeds", lambda x: 1000 * x),
+            change_input("decoder_inputs_embeds", lambda x: 1000 * x),
+            change(lambda w: 1000 * w, "embed_positions.weight"),
+        ),
+    ),
+    Bug(
+        "padding attended to",
+        tuple(name for name in EVERY if name != "causal_lm"),
+        change_input("attention_mask", np.ones_like),
+    ),
+    Bug("padding of the states attended to", ("encoder_outputs",), change_input("attention_mask", np.ones_like)),
+    Bug(
+        "padding of the states attended to", ("causal_lm_cross",), change_input("encoder_attention_mask", np.ones_like)
+    ),
+    *_of_decoder(
+        "decoder's padding attended to",
+        change_input("decoder_attention_mask", np.ones_like),
+        cases=("model", "act_relu", "conditional_generation_of_ids"),
+    ),
+    *_of_decoder(
+        "decoder not causal",
+        _not_causal,
+        cases=("model", "conditional_generation_of_ids", "causal_lm", "causal_lm_cross"),
+    ),
+    Bug("cross-attention left out", ("causal_lm_cross",), zero("encoder_attn.out_proj.weight")),
+    *_of_decoder(
+        "decoder reads the text as it is",
+        _not_shifted,
+        cases=("ids_only", "question_answering", "sequence_classification"),
+    ),
+    Bug(
+        "decoder starts with the end",
+        ("question_answering", "sequence_classification"),
+        _shifted("input_ids", 3, 2),
+    ),
+    Bug(
+        "labels that do not count read as the end",
+        ("conditional_generation",),
+        _shifted("labels", 2, 5),
+        outputs=("logits",),
+    ),
+    Bug("words not scaled", ("scaled", "causal_lm_untied"), configure(scale_embedding=False)),
+    Bug(
+        "given vectors scaled, too",
+        ("inputs_embeds",),
+        _both(
+            change_input("inputs_embeds", lambda x: 6 * x),
+            change_input("decoder_inputs_embeds", lambda x: 6 * x),
+        ),
+    ),
+    Bug(
+        "final_logits_bias forgotten",
+        ("conditional_generation", "scaled", "untied"),
+        zero("final_logits_bias"),
+        outputs=("logits",),
+    ),
+    Bug("the first end classified", ("regression",), change_input("input_ids", _first_end)),
+    Bug("head masks ignored", ("head_masks",), change_input("head_mask", np.ones_like)),
+    *_of_decoder(
+        "head masks of the decoder ignored",
+        change_input("decoder_head_mask", np.ones_like),
+        cases=("head_masks",),
+    ),
+    *_of_decoder(
+        "head masks of own and cross-attention exchanged", _swap_head_masks, cases=("head_masks", "causal_lm_cross")
+    ),
+    *_of_decoder(
+        "head masks of layers exchanged",
+        change_input("cross_attn_head_mask", lambda m: m[::-1]),
+        cases=("head_masks", "causal_lm_cross"),
+    ),
+    Bug(
+        "tables of encoder and decoder exchanged",
+        ("untied",),
+        _swap("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    ),
+    Bug(
+        "the output read from the decoder's table",
+        ("untied", "causal_lm_untied"),
+        _swap("lm_head.weight", "model.decoder.embed_tokens.weight"),
+        outputs=("logits",),
+    ),
+    Bug(
+        "ignored labels counted as token 0",
+        ("conditional_generation_of_ids", "causal_lm"),
+        change_input("labels", lambda y: np.maximum(y, 0)),
+        outputs=("loss",),
+    ),
+    Bug(
+        "labels off by one token",
+        ("conditional_generation_of_ids", "causal_lm"),
+        change_input("labels", lambda y: np.roll(y, 1, 1)),
+        least=5e-3,
+        outputs=("loss",),
+    ),
+    Bug(
+        "answer beyond the text counted as its last token",
+        ("question_answering",),
+        change_input("end_positions", lambda at: np.minimum(at, T - 1)),
+        outputs=("loss",),
+    ),
+)
+
+# A key's bias adds the same to all scores of a query, and the softmax takes it away.
+INVISIBLE = (r"\.k_proj\.bias$",)
