@@ -27,16 +27,20 @@ def logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     return jnp.einsum("...e,ve->...v", x, p["embedding"].astype(x.dtype))
 
 
-def check_inputs(input_ids: jax.Array | None, inputs_embeds: jax.Array | None, limit: int | None) -> None:
-    """Refuses inputs that cannot be meant.
+def check_inputs(
+    input_ids: jax.Array | None, inputs_embeds: jax.Array | None, limit: int | None, prefix: str = ""
+) -> None:
+    """Refuses inputs that cannot be meant; `prefix` is that of their names ("decoder_").
 
     Raises:
         ValueError: not exactly one of ids [B, T] and vectors [B, T, E], another rank, no position at all, or more than
             `limit` (None where positions have no table).
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds" + (", not both" if input_ids is not None else ""))
+        both = ", not both" if input_ids is not None else ""
+        raise ValueError(f"give either {prefix}input_ids or {prefix}inputs_embeds{both}")
     name, x, rank = ("input_ids", input_ids, 2) if inputs_embeds is None else ("inputs_embeds", inputs_embeds, 3)
+    name = prefix + name
     assert x is not None
     if x.ndim != rank:
         form = "[batch, length]" if rank == 2 else "[batch, length, size]"

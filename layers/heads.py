@@ -190,19 +190,20 @@ def summary_spec(name: str, c: Any, labels: int) -> dict[str, Spec]:
 
 
 def summary(p: dict[str, Any], c: Any, x: jax.Array, at: jax.Array | None, key: jax.Array | None) -> jax.Array:
-    """Scores of every text from one of its states or their mean: [B, T, E] -> [B, labels].
+    """Scores of every text from one of its states or their mean: [B, ..., T, E] -> [B, ..., labels].
 
-    `at` [B] says which state for the type "cls_index"; the last one by default.
+    `at` [B, ...] says which state for the type "cls_index"; the last one by default. The other types take the second
+    dimension of the states, as the reference does, which among several choices is that of the choices.
     """
     match c.summary_type:
         case "first":
             x = x[:, 0]
         case "mean":
             x = x.mean(1)
-        case "cls_index" if at is not None:
-            x = x[jnp.arange(len(x)), at]
-        case _:
+        case "last":
             x = x[:, -1]
+        case _:
+            x = x[..., -1, :] if at is None else jnp.take_along_axis(x, at[..., None, None], axis=-2)[..., 0, :]
     x = dropout(x, c.summary_first_dropout, None if key is None else fold_path(key, "summary"))
     x = linear(p["summary"], x) if "summary" in p else x
     return activation(c.summary_activation or "linear")(x)

@@ -33,14 +33,17 @@ def dense_spec(
 
 
 def gated_spec(
-    size: int, inner: int, names: tuple[str, str, str], *, init: Initializer, bias: bool = False
+    size: int,
+    inner: int,
+    names: tuple[str, str, str],
+    *,
+    init: Initializer,
+    out_init: Initializer | None = None,
+    bias: bool = False,
 ) -> dict[str, Spec]:
-    """`gate` and `up` (size -> inner) and `down` (inner -> size), stored under the three `names`."""
-    return {
-        "gate": linear_spec(names[0], size, inner, ("embed", "mlp"), init=init, bias=bias),
-        "up": linear_spec(names[1], size, inner, ("embed", "mlp"), init=init, bias=bias),
-        "down": linear_spec(names[2], inner, size, ("mlp", "embed"), init=init, bias=bias),
-    }
+    """`gate` beside the `up` and `down` of `dense_spec`, stored under the three `names`."""
+    gate = linear_spec(names[0], size, inner, ("embed", "mlp"), init=init, bias=bias)
+    return {"gate": gate, **dense_spec(size, inner, names[1:], init=init, out_init=out_init, bias=bias)}
 
 
 def gated(

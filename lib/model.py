@@ -31,19 +31,18 @@ from formax.core.tap import Intervention, watch
 
 # Output fields that are collected at taps: field -> (switch of the call, patterns in the order of the field). A family
 # whose last hidden state is the one after its final norm taps that as `last`; it takes the place of the last layer's.
-STATES = ("embed.out", "layers.*.out", "last")
+# The fields without a prefix are those of outputs of one stack, which may be an encoder or a decoder alone.
+STACKS = ("", "encoder.", "decoder.")
+STATES = {stack: (f"{stack}embed.out", f"{stack}layers.*.out", f"{stack}last") for stack in STACKS}
+WEIGHTS = {stack: (f"{stack}layers.*.attn.weights",) for stack in STACKS}
 COLLECTED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "hidden_states": ("output_hidden_states", STATES),
-    "attentions": ("output_attentions", ("layers.*.attn.weights",)),
+    "hidden_states": ("output_hidden_states", sum(STATES.values(), ())),
+    "attentions": ("output_attentions", sum(WEIGHTS.values(), ())),
     "cross_attentions": ("output_attentions", ("layers.*.cross.weights", "decoder.layers.*.cross.weights")),
-    **{
-        f"{part}_{field}": (switch, tuple(f"{part}.{pattern}" for pattern in patterns))
-        for part in ("encoder", "decoder")
-        for field, switch, patterns in (
-            ("hidden_states", "output_hidden_states", STATES),
-            ("attentions", "output_attentions", ("layers.*.attn.weights",)),
-        )
-    },
+    "encoder_hidden_states": ("output_hidden_states", STATES["encoder."]),
+    "encoder_attentions": ("output_attentions", WEIGHTS["encoder."]),
+    "decoder_hidden_states": ("output_hidden_states", STATES["decoder."]),
+    "decoder_attentions": ("output_attentions", WEIGHTS["decoder."]),
 }
 # Inputs that are rows of a table: input -> the field of the configuration that has the table's size.
 TABLES = {
@@ -197,9 +196,11 @@ class Model:
         Raises:
             TypeError: the family does not decode.
         """
-        if self.family.init_cache is None:
+        make = self.family.init_cache
+        cache = None if make is None else make(self.config, batch, length, encoder_length, dtype)
+        if cache is None:
             raise TypeError(f"{self.architecture.name} does not decode step by step, so it has no cache")
-        return self.family.init_cache(self.config, batch, length, encoder_length, dtype)
+        return cache
 
     # --- changing
 

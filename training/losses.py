@@ -30,8 +30,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignored: int = IGNORE
 
 
 def next_token(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """`cross_entropy` of each token given those before it: logits [B, T, V], labels [B, T] (the input ids)."""
-    return cross_entropy(logits[:, :-1], labels[:, 1:])
+    """`cross_entropy` of each token given those before it: logits [..., T, V], labels [..., T] (the input ids)."""
+    return cross_entropy(logits[..., :-1, :], labels[..., 1:])
 
 
 def sequence_classification(logits: jax.Array, labels: jax.Array, problem_type: str | None = None) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +100,15 @@ def attention_spec(
     head_dim: int,
     *,
     names: tuple[str, str, str, str],
-    init: Initializer,
+    init: Initializer | Mapping[str, Initializer],
     kv_heads: int | None = None,
     kv_size: int | None = None,
     bias: bool | str = True,
 ) -> dict[str, Spec]:
     """`q`, `k`, `v`, `o` projections, stored under the four `names`.
 
-    `kv_size` is the width that keys are made from; `bias` may name the projections that have one ("qvo").
+    `kv_size` is the width that keys are made from; `bias` may name the projections that have one ("qvo"), `init` be one
+    initialiser for each.
     """
     kv = (kv_heads or heads) * head_dim
     shapes: dict[str, tuple[int, int, tuple[str, str]]] = {
@@ -116,8 +117,10 @@ def attention_spec(
         "v": (kv_size or size, kv, ("embed", "kv_heads")),
         "o": (heads * head_dim, size, ("heads", "embed")),
     }
+    biased = bias if isinstance(bias, str) else "qkvo" * bias
+    inits = init if isinstance(init, Mapping) else dict.fromkeys(shapes, init)
     return {
-        part: linear_spec(name, d_in, d_out, axes, init=init, bias=part in bias if isinstance(bias, str) else bias)
+        part: linear_spec(name, d_in, d_out, axes, init=inits[part], bias=part in biased)
         for name, (part, (d_in, d_out, axes)) in zip(names, shapes.items(), strict=True)
     }
 

@@ -109,7 +109,8 @@ def from_attention_mask(
 
     Args:
         attention_mask: [B, S] of ones and zeros (padding), to which `causal` is added; or pairs [B, T, S] or
-            [B, H, T, S], which say everything and take the place of `causal`; None for no padding.
+            [B, H, T, S], which say everything and take the place of `causal`; None for no padding. Floating-point
+            pairs [B, H, T, S] are what others add to the scores: 0 where attention may look.
         causal: keys after the query are hidden.
         q_offset: absolute position of the first query.
         keys: length of the key buffer, when it is longer than what the mask speaks of: a padding mask goes on with ones
@@ -120,7 +121,8 @@ def from_attention_mask(
     """
     if attention_mask is None:
         return Mask(causal=causal, q_offset=q_offset)
-    seen = attention_mask if attention_mask.dtype == bool else attention_mask != 0
+    added = attention_mask.ndim == 4 and jnp.issubdtype(attention_mask.dtype, jnp.floating)
+    seen = attention_mask == 0 if added else attention_mask.astype(bool)
     if seen.ndim not in (2, 3, 4):
         raise ValueError(
             f"attention_mask must be [batch, key], [batch, query, key] or [batch, heads, query, key], got {seen.shape}"

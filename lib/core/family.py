@@ -47,7 +47,8 @@ class Family:
         base: checkpoint prefix of the bare model inside the architectures with heads, e.g. "bert".
         inputs: the function whose parameters name what models of this family are called with.
         architectures: the bare model first.
-        init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode.
+        init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode; it gives None
+            for a configuration that does not.
     """
 
     model_type: str

@@ -206,7 +206,9 @@ def pretraining(p: Any, c: BertConfig, input_ids: Any = None, **inputs: Any) -> 
 
 
 def init_cache(c: BertConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
-    """Empty caches of all layers, with room for `length` positions and an encoder's `encoder_length` states."""
+    """Empty caches of a decoder's layers, with room for `length` positions and an encoder's `encoder_length` states."""
+    if not c.is_decoder:
+        return None
     empty = partial(KVCache.empty, batch, head_dim=c.head_dim, dtype=dtype)
 
     def layer(i: int) -> dict[str, KVCache | None]:

@@ -219,12 +219,10 @@ def double_heads(
     given = zip(names, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), strict=True)
     rows, shape = heads.as_rows(dict(given))
     x, _ = decode(p, c, key=key, **rows)
-    at = None if mc_token_ids is None else mc_token_ids.reshape(-1)
-    scores = heads.summary(p, c, x, at, key).reshape(*shape, -1)
-    logits = heads.lm_logits(p, x)
+    x = x.reshape(*shape, *x.shape[1:])
+    scores = heads.summary(p, c, x, mc_token_ids, key)
     return DoubleHeadsOutput(
-        logits=logits.reshape(*shape, *logits.shape[1:]),
-        mc_logits=scores[..., 0] if scores.shape[-1] == 1 else scores,
+        logits=heads.lm_logits(p, x), mc_logits=scores[..., 0] if scores.shape[-1] == 1 else scores
     )
 
 

@@ -1,26 +1,30 @@
 """The stored answers of the reference, and the checkpoints they are about. `tests/oracle/README.md` has the format."""
 
+import importlib
 import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from oracle import weights
 from safetensors.numpy import save_file
 
-import formax
+from formax import auto
 from formax.core import registry
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
+from formax.layers.seq2seq import shift_right
 
 ROOT = Path(__file__).resolve().parent.parent / "goldens"
 # Arguments of the reference that are no inputs of a forward pass here: losses are functions of their own, and whether
 # there is a cache is said by passing one.
-LABELS = {"labels", "next_sentence_label", "start_positions", "end_positions"}
+LABELS = {"labels", "next_sentence_label", "start_positions", "end_positions", "mc_labels", "sampled_negative_indices"}
 SWITCHES = {"use_cache"}
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -47,8 +51,21 @@ class Golden:
 
     @property
     def inputs(self) -> Tensors:
-        """Arrays of the call."""
-        return {name: array for name, array in self._under("in.").items() if name not in LABELS}
+        """Arrays of the call; where the reference makes the decoder's ids of labels, these."""
+        given = self._under("in.")
+        inputs = {name: array for name, array in given.items() if name.partition(".")[0] not in LABELS}
+        if "encoder_outputs" in inputs:
+            inputs["encoder_outputs"] = inputs["encoder_outputs"][0]  # the reference takes a tuple
+        if self.architecture.task == "ForSeq2SeqLM" and "labels" in given and "decoder_input_ids" not in inputs:
+            c = self.config
+            start, pad = c.decoder_start_token_id, c.pad_token_id
+            inputs["decoder_input_ids"] = np.asarray(shift_right(jnp.asarray(given["labels"]), start, pad))
+        return inputs
+
+    @property
+    def hooks(self) -> ModuleType:
+        """The module of the family's cases, which may say what the battery must know (`KEPT`, `NOT_STEPWISE`)."""
+        return importlib.import_module(f"oracle.families.{self.family_name}")
 
     @property
     def switches(self) -> dict[str, Any]:
@@ -97,15 +114,15 @@ class Golden:
     def open(self, folder: Path) -> tuple[Any, Any]:
         """Writes the checkpoint and opens it as a user would: (model, loading report)."""
         named = self.meta["config"]["architectures"] == [self.meta["architecture"]]
-        opens = formax if named else getattr(formax, f"AutoModel{self.architecture.task}")
-        return opens.from_pretrained(self.checkpoint(folder), output_loading_info=True)
+        task = None if named else self.architecture.task
+        return auto.load(self.checkpoint(folder), task, output_loading_info=True)
 
     def __str__(self) -> str:
         return f"{self.family_name}/{self.name}"
 
 
 def goldens() -> list[Golden]:
-    """All goldens of families, those of real checkpoints aside; of FORMAX_FAMILIES ("gpt2,llama") only, if that is set."""
+    """All goldens of families, those of real checkpoints aside; of FORMAX_FAMILIES ("gpt2,t5") only, if it is set."""
     some = os.environ.get("FORMAX_FAMILIES", "")
     families = set(some.split(",")) if some else {path.name for path in ROOT.iterdir()} - {"real"}
     files = sorted(path for path in ROOT.glob("*/*.json") if path.parent.name in families)

@@ -17,7 +17,7 @@ def loss(golden: Golden, out: Any, labels: dict[str, Any]) -> Any:
         case "ForPreTraining":
             words = losses.cross_entropy(out.prediction_logits, labels["labels"])
             return words + losses.cross_entropy(out.seq_relationship_logits, labels["next_sentence_label"])
-        case "ForCausalLM":
+        case "ForCausalLM" | "ForDoubleHeads":
             return losses.next_token(out.logits, labels["labels"])
         case "ForQuestionAnswering":
             return losses.span(out.start_logits, out.end_logits, labels["start_positions"], labels["end_positions"])

@@ -8,22 +8,33 @@ from jax.extend.core import Literal
 
 from battery.goldens import Golden
 from formax.core import spec as specs
+from formax.model import HEAD_MASKS
+
+# Inputs that are states of a model, as wide as the model is.
+STATES = {"encoder_hidden_states", "encoder_outputs", "inputs_embeds", "decoder_inputs_embeds"}
 
 
-def traced(golden: Golden, config: Any, dtype: Any) -> tuple[Any, Any]:
+def traced(golden: Golden, config: Any, dtype: Any, key: jax.Array | None = None) -> tuple[Any, Any]:
     """The forward pass with the golden's inputs and a configuration: (jaxpr, output shapes)."""
-    inputs = {name: jnp.asarray(array) for name, array in golden.inputs.items() if name != "head_mask"}
-    if "encoder_hidden_states" in inputs:
-        inputs["encoder_hidden_states"] = jnp.zeros(
-            (*inputs["encoder_hidden_states"].shape[:2], config.hidden_size), dtype
-        )
+    inputs = {name: jnp.asarray(array) for name, array in golden.inputs.items() if name not in HEAD_MASKS}
+    inputs = {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in inputs.items()}
+    for name in STATES & inputs.keys():
+        inputs[name] = jnp.zeros((*inputs[name].shape[:-1], config.hidden_size), dtype)
+    given: dict[str, Any] = inputs if key is None else {**inputs, "key": key}
     params = specs.abstract(golden.architecture.spec(config), dtype)
-    return jax.make_jaxpr(lambda p: golden.architecture.apply(p, config, **inputs), return_shape=True)(params)
+    switches = golden.switches
+    apply = golden.architecture.apply
+    taken = {name: value for name, value in switches.items() if not name.startswith("output_")}
+    return jax.make_jaxpr(lambda p: apply(p, config, **given, **taken), return_shape=True)(params)
 
 
 def unused(golden: Golden) -> set[str]:
-    """Parameters, by their keys in the tree, that no output of the golden's call depends on."""
-    closed, _ = traced(golden, golden.config, jnp.float32)
+    """Parameters, by their keys in the tree, that no output of the golden's call depends on, nor would in training."""
+    return _unread(golden, None) & _unread(golden, jax.random.key(0))
+
+
+def _unread(golden: Golden, key: jax.Array | None) -> set[str]:
+    closed, _ = traced(golden, golden.config, jnp.float32, key)
     jaxpr = closed.jaxpr
     live = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
     for eqn in reversed(jaxpr.eqns):

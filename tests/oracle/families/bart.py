@@ -127,10 +127,10 @@ HEADS = (
     ),
     # With the states given, the ids only say where the texts end.
     Case(
-        "regression",
+        "sequence_regression",
         "BartForSequenceClassification",
         SIZES | {"num_labels": 1},
-        {"input_ids": ENDED["input_ids"], "encoder_outputs": STATES, "labels": floats("regression", 2)},
+        {"input_ids": ENDED["input_ids"], "encoder_outputs": STATES, "labels": floats("sequence_regression", 2)},
         ("loss", "logits"),
     ),
 )
@@ -352,7 +352,7 @@ CHECKPOINTS = (
         ("logits",),
         writer="BartModel",
     ),
-    # The decoder out of a whole model's file, which repeats the table.
+    # The decoder out of a whole model's file. The reference only finds the table under the decoder's own name.
     Case(
         "decoder_of_a_model",
         "BartForCausalLM",
@@ -360,8 +360,8 @@ CHECKPOINTS = (
         PADDED | MEMORY,
         ("logits",),
         writer="BartForConditionalGeneration",
-        copies={"model.decoder.embed_tokens.weight": "model.shared.weight"},
-        unexpected=("final_logits_bias", "model.shared.weight", *ENCODER_KEYS),
+        rename=(("model.shared.", "model.decoder.embed_tokens."),),
+        unexpected=("final_logits_bias", *ENCODER_KEYS),
     ),
 )
 
@@ -548,7 +548,7 @@ BUGS = (
         zero("final_logits_bias"),
         outputs=("logits",),
     ),
-    Bug("the first end classified", ("regression",), change_input("input_ids", _first_end)),
+    Bug("the first end classified", ("sequence_regression",), change_input("input_ids", _first_end)),
     Bug("head masks ignored", ("head_masks",), change_input("head_mask", np.ones_like)),
     *_of_decoder(
         "head masks of the decoder ignored",
@@ -594,6 +594,9 @@ BUGS = (
         outputs=("loss",),
     ),
 )
+
+# Losses of the next word whose labels are not shifted.
+UNSHIFTED = ("BartForCausalLM",)
 
 # A key's bias adds the same to all scores of a query, and the softmax takes it away.
 INVISIBLE = (r"\.k_proj\.bias$",)

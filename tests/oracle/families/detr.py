@@ -1,7 +1,7 @@
 """DETR: the bare model, detection and segmentation over ResNet backbones, their losses, and checkpoints as found.
 
 Sizes are asymmetric on purpose: heads and feed-forward widths that differ between encoder and decoder, three decoder
-layers to two of the encoder, maps of 5 x 6 and 2 x 3 places from images whose sides their own do not divide, the second
+layers to two of the encoder, maps of 5 x 6 and 3 x 3 places from images whose sides their own do not divide, the second
 image padded. Epsilons are fixed in the reference. Where it is odd, the case says so.
 
 Objects of a call are `labels.class_labels` [B, N], `labels.boxes` [B, N, 4] (centre, width and height, as parts of the
@@ -45,7 +45,7 @@ FOUR = BACKBONE | {
     "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }
 # The norms of the mask head divide d_model + heads, and d_model / 2, / 4, ..., into 8 groups or as many as there are.
-MASKS = SIZES | {"backbone_config": FOUR, "d_model": 32, "encoder_attention_heads": 8, "num_queries": 5}
+MASKS = SIZES | {"backbone_config": FOUR, "d_model": 64, "encoder_attention_heads": 8, "num_queries": 5}
 
 
 def image(name: str, height: int = 34, width: int = 42, real: tuple[int, int] = (22, 31), rows: int = 2) -> Tensors:
@@ -58,8 +58,13 @@ def image(name: str, height: int = 34, width: int = 42, real: tuple[int, int] = 
 
 
 def wide(name: str, rows: int = 2) -> Tensors:
-    """Returns images for four stages."""
-    return image(name, 58, 74, (40, 57), rows)
+    """Returns images for four stages; of the 3 x 3 places of the last map, 2 x 2 are real."""
+    return image(name, 66, 74, (40, 47), rows)
+
+
+def sharp(name: str, rows: int, columns: int) -> dict[str, Array]:
+    """Returns larger values than a parameter would have, so that queries look at different places."""
+    return {name: ids(name, rows, columns, low=-8, high=9).astype(np.float32) / 2}
 
 
 def objects(name: str, *counts: int, classes: int = 4) -> Tensors:
@@ -83,6 +88,8 @@ def outlines(targets: Tensors, height: int, width: int) -> Tensors:
 
 
 PADDED = image("padded")
+QUERIES = sharp("model.query_position_embeddings.weight", 7, 24)
+MAPS = sharp("bbox_attention.q_linear.weight", 64, 64)
 BARE = ("last_hidden_state", "encoder_last_hidden_state")
 FOUND = ("logits", "pred_boxes")
 LOSSES = ("loss", "loss_dict")
@@ -106,13 +113,15 @@ HEADS = (
         SIZES,
         PADDED | objects("object_detection", 3, 2),
         (*LOSSES, *FOUND, *BARE),
+        buffers=QUERIES,
     ),
     Case(
         "segmentation",
         "DetrForSegmentation",
         MASKS,
-        wide("segmentation") | outlines(objects("segmentation", 2, 3), 58, 74),
+        wide("segmentation") | outlines(objects("segmentation", 2, 3), 66, 74),
         (*LOSSES, *FOUND, "pred_masks", *BARE),
+        buffers=MAPS,
     ),
 )
 
@@ -127,6 +136,7 @@ LOSS = (
         SIZES | {"auxiliary_loss": True},
         PADDED | objects("auxiliary", 2, 4),
         (*LOSSES, *FOUND, "auxiliary_outputs"),
+        buffers=QUERIES,
     ),
     Case(
         "auxiliary_model",
@@ -141,6 +151,7 @@ LOSS = (
         MASKS | {"auxiliary_loss": True, "mask_loss_coefficient": 3, "dice_loss_coefficient": 0.5},
         wide("auxiliary_segmentation") | outlines(objects("auxiliary_segmentation", 3, 1), 31, 45),
         (*LOSSES, *FOUND),
+        buffers=MAPS,
     ),
     Case(
         "coefficients",
@@ -156,6 +167,7 @@ LOSS = (
         },
         PADDED | objects("coefficients", 5, 4),
         (*LOSSES, *FOUND),
+        buffers=QUERIES,
     ),
     # More objects than queries: those that fit worst are left out of the loss.
     Case(
@@ -164,6 +176,7 @@ LOSS = (
         SIZES | {"num_queries": 3},
         PADDED | objects("crowded", 6, 2),
         (*LOSSES, *FOUND),
+        buffers=sharp("model.query_position_embeddings.weight", 3, 24),
     ),
     Case(
         "an_empty_image",
@@ -171,6 +184,7 @@ LOSS = (
         SIZES,
         PADDED | objects("an_empty_image", 0, 3),
         (*LOSSES, *FOUND),
+        buffers=QUERIES,
     ),
 )
 
@@ -193,7 +207,14 @@ INPUTS = (
         (*FOUND, *TRACED),
         TRACES,
     ),
-    Case("segmentation_traces", "DetrForSegmentation", MASKS, wide("segmentation_traces", 1), TRACED, TRACES),
+    Case(
+        "segmentation_traces",
+        "DetrForSegmentation",
+        MASKS,
+        wide("segmentation_traces", 1),
+        ("pred_masks", *TRACED),
+        TRACES,
+    ),
 )
 
 # ---- what a configuration can ask for -------------------------------------------------------------------------------
@@ -225,6 +246,7 @@ CONFIGS = (
         MASKS | {"backbone_config": FOUR | {"layer_type": "bottleneck", "hidden_act": "silu", "depths": [1, 2, 1, 1]}},
         {"pixel_values": wide("segmentation_bottleneck", 1)["pixel_values"]},
         (*FOUND, "pred_masks"),
+        buffers=MAPS,
     ),
 )
 
@@ -299,29 +321,43 @@ def _shift(seen: Array) -> Array:
     return np.roll(seen, (-4, -4), (1, 2))
 
 
+def _decoder(name: str, apply: Any) -> tuple[Bug, ...]:
+    """A mistake that what comes out of the decoder must show."""
+    return (
+        Bug(name, ("model", "auxiliary_model", "act_gelu"), apply, outputs=("last_hidden_state",)),
+        Bug(name, ("object_detection", "auxiliary", "crowded", "no_mask", "learned_positions"), apply, outputs=FOUND),
+        # masks depend on what is in the picture more than on who asks
+        Bug(name, ("segmentation",), apply, 5e-3, (*FOUND, "pred_masks")),
+    )
+
+
 BUGS = (
     Bug("padding attended to", MASKED, change_input("pixel_mask", np.ones_like)),
-    Bug("mask read at the wrong pixels", MASKED, change_input("pixel_mask", _shift)),
-    Bug("query positions forgotten", ALL, zero("query_position_embeddings.weight")),
     Bug(
-        "rows and columns exchanged",
-        ("learned_positions",),
-        _swap("row_embeddings", "column_embeddings"),
+        "mask read at the wrong pixels",
+        tuple(name for name in MASKED if name != "segmentation"),
+        change_input("pixel_mask", _shift),
     ),
     Bug("query and key exchanged", ALL, _swap("q_proj", "k_proj")),
     Bug("projections not transposed", ALL, change(np.transpose, "self_attn.v_proj.weight")),
-    Bug("positions of rows and columns exchanged", ALL, change(_halves, "encoder_attn.k_proj.weight")),
-    Bug("sines and cosines in another order", ALL, change(_frequencies, "encoder_attn.k_proj.weight")),
-    Bug("cross-attention left out", ALL, zero("encoder_attn.out_proj.weight")),
-    Bug("the decoder's last norm left out", ALL, change(np.ones_like, "decoder.layernorm.weight")),
-    Bug("the decoder's layers normed", ("model", "object_detection"), configure(auxiliary_loss=True)),
-    Bug("the decoder's layers not normed", ("auxiliary_traces",), configure(auxiliary_loss=False), 1e-2, FOUND),
+    *_decoder("query positions forgotten", zero("query_position_embeddings.weight")),
+    *_decoder("positions of rows and columns exchanged", change(_halves, "encoder_attn.k_proj.weight")),
+    *_decoder("sines and cosines in another order", change(_frequencies, "encoder_attn.k_proj.weight")),
+    *_decoder("cross-attention left out", zero("encoder_attn.out_proj.weight")),
+    *_decoder("the decoder's last norm left out", change(np.ones_like, "decoder.layernorm.weight")),
+    Bug("rows and columns exchanged", ("learned_positions",), _swap("row_embeddings", "column_embeddings")),
+    Bug(
+        "the decoder's layers normed",
+        ("model", "object_detection"),
+        configure(auxiliary_loss=True),
+        outputs=("last_hidden_state",),
+    ),
+    Bug("the decoder's layers not normed", ("auxiliary_traces",), configure(auxiliary_loss=False), outputs=FOUND),
     Bug("frozen statistics forgotten", ALL, zero("running_mean")),
     Bug("frozen variances forgotten", ALL, change(np.ones_like, "running_var")),
     Bug("relu for gelu", ("act_gelu",), configure(activation_function="relu")),
-    Bug(
-        "a kernel for the features of another stage", ("segmentation",), zero("adapter2.weight"), 1e-2, ("pred_masks",)
-    ),
+    Bug("boxes' attention forgotten", ("segmentation",), zero("bbox_attention.q_linear.weight"), 1e-2, ("pred_masks",)),
+    Bug("maps of a stage forgotten", ("segmentation",), zero("adapter2.weight"), 1e-2, ("pred_masks",)),
     Bug(
         "boxes as corners",
         ("object_detection", "coefficients", "auxiliary", "crowded", "an_empty_image"),
@@ -332,34 +368,59 @@ BUGS = (
         "classes off by one",
         ("object_detection", "coefficients", "auxiliary", "segmentation", "an_empty_image"),
         change_input("labels.class_labels", lambda c: (c + 1) % 4),
-        outputs=("loss", "loss_dict.loss_ce"),
+        outputs=("loss_dict.loss_ce",),
     ),
     Bug(
         "no-object weighs as much",
         ("object_detection", "coefficients", "auxiliary", "segmentation", "an_empty_image"),
         configure(eos_coefficient=1.0),
-        outputs=("loss", "loss_dict.loss_ce"),
-    ),
-    Bug(
-        "objects matched in their order",
-        ("coefficients",),
-        configure(class_cost=1e-9, bbox_cost=0, giou_cost=0),
-        outputs=("loss_dict.loss_bbox",),
+        outputs=("loss_dict.loss_ce",),
     ),
     Bug(
         "costs at their defaults",
         ("coefficients",),
         configure(class_cost=1, bbox_cost=5, giou_cost=2),
+        5e-3,
+        ("loss_dict.loss_bbox",),
+    ),
+    Bug(
+        "coefficients at their defaults",
+        ("coefficients",),
+        configure(bbox_loss_coefficient=5, giou_loss_coefficient=2),
         outputs=("loss",),
+    ),
+    Bug(
+        "objects matched by class alone",
+        ("object_detection", "coefficients", "auxiliary", "an_empty_image"),
+        configure(bbox_cost=0, giou_cost=0),
+        outputs=("loss_dict.loss_bbox",),
     ),
     Bug(
         "masks upside down",
         ("segmentation", "auxiliary_segmentation"),
         change_input("labels.masks", lambda m: m[:, :, ::-1]),
-        outputs=("loss_dict.loss_dice",),
+        1e-3,
+        ("loss_dict.loss_mask", "loss_dict.loss_dice"),
     ),
+)
+
+# What the shapes of maps depend on.
+KEPT = (
+    "backbone_config",
+    "num_queries",
+    "use_timm_backbone",
+    "use_pretrained_backbone",
+    "backbone",
+    "d_model",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
 )
 
 # A key's bias adds the same to all scores of a query, and the softmax takes it away. The queries of the decoder start
 # from zeros: in the first self-attention all values are the bias, whoever looks at whom.
-INVISIBLE = (r"(self_attn|encoder_attn)\.k_proj\.bias$", r"decoder\.layers\.0\.self_attn\.([qk]_proj|v_proj\.weight)")
+# Two of the mask head's norms have a group for every channel here, which takes the bias before it away.
+INVISIBLE = (
+    r"(self_attn|encoder_attn)\.k_proj\.bias$",
+    r"decoder\.layers\.0\.self_attn\.([qk]_proj|v_proj\.weight)",
+    r"mask_head\.lay[45]\.bias$",
+)

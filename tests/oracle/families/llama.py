@@ -379,3 +379,6 @@ BUGS = (
 )
 
 INVISIBLE: tuple[str, ...] = ()
+
+# The frequencies of all positions follow the length of the text, so keys that were turned earlier are turned otherwise.
+NOT_STEPWISE = ("rope_dynamic_long",)

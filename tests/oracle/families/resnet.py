@@ -234,5 +234,8 @@ BUGS = (
     Bug("padding at the end alone", BOTH, change(lambda w: np.roll(w, 1, 3), "embedder.convolution.weight")),
 )
 
+# What the shapes of maps depend on.
+KEPT = ("hidden_sizes", "depths", "downsample_in_first_stage", "out_features", "out_indices", "num_channels")
+
 # Nothing that is computed depends on how many batches were seen.
 INVISIBLE = (r"num_batches_tracked$",)

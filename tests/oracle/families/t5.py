@@ -419,3 +419,6 @@ BUGS = (
 )
 
 INVISIBLE: tuple[str, ...] = ()
+
+# Of a whole model's checkpoint, the encoder alone leaves the decoder out without a word.
+SILENT = (r"^decoder\.",)

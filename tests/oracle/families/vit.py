@@ -362,3 +362,5 @@ BUGS = (
 
 # Parameters without influence: a key's bias adds the same to all scores of a query, and the softmax takes it away.
 INVISIBLE = (r"\.attention\.key\.bias$",)
+# What the shapes of the outputs depend on.
+KEPT = ("image_size", "patch_size", "num_channels", "encoder_stride")

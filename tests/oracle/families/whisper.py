@@ -502,7 +502,6 @@ BUGS = (
         ("audio_classification_weighted",),
         change(lambda w: np.roll(w, 1), "layer_weights"),
     ),
-    Bug("weights of layers not normalised", ("audio_classification_weighted",), change(np.log, "layer_weights")),
     Bug("head masks ignored", ("head_masks", "audio_classification"), change_input("head_mask", np.ones_like)),
     *_of_decoder(
         "head masks of the decoder ignored", change_input("decoder_head_mask", np.ones_like), cases=("head_masks",)

@@ -1,0 +1,357 @@
+"""BART: the original Transformer with GELU and learned positions, pre-trained to restore damaged text.
+
+Lewis et al. 2019, arXiv:1910.13461; original code facebookresearch/fairseq, whose position tables have two rows more
+than positions. A bidirectional encoder with blocks as BERT's (its embeddings are normalised, too, but have no segments)
+and a decoder that looks at the encoder's states; all of one word table, which is the output as well. Most
+encoder-decoders of text descend from it, and differ in where the norms are and how positions are told.
+"""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from formax.core import tap
+from formax.core.config import Config, ConfigError, config
+from formax.core.family import Architecture, Family
+from formax.core.frozen import FrozenDict
+from formax.core.layout import Reshape
+from formax.core.outputs import BaseModelOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
+from formax.core.outputs import Seq2SeqQuestionAnsweringOutput as SpanOutput
+from formax.core.rng import fold_path, split
+from formax.core.spec import At, Ignored, Param, Spec, Tied, fold, normal, optional, stack_of
+from formax.layers import embed, heads, mlp, norm
+from formax.layers.activations import check_activation
+from formax.layers.attention import KVCache, attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.dropout import dropout
+from formax.layers.linear import linear, linear_spec
+from formax.layers.seq2seq import eos_states, shift_right, states_of
+
+EPS = 1e-5  # of all norms
+OFFSET = 2  # the position table's first rows are not positions
+
+
+@config
+class BartConfig(Config):
+    """`config.json` of model type "bart"."""
+
+    model_type: ClassVar[str] = "bart"
+    attribute_map: ClassVar = {
+        "hidden_size": "d_model",
+        "initializer_range": "init_std",
+        "num_attention_heads": "encoder_attention_heads",
+    }
+    # The first code had switches for BART's relatives, which became families of their own.
+    implemented: ClassVar = {
+        "add_bias_logits": (False,),
+        "add_final_layer_norm": (False,),
+        "extra_pos_embeddings": (OFFSET,),
+        "normalize_before": (False,),
+        "normalize_embedding": (True,),
+        "pruned_heads": (FrozenDict(),),
+        "static_position_embeddings": (False,),
+    }
+
+    vocab_size: int = 50265
+    max_position_embeddings: int = 1024
+    encoder_layers: int = 12
+    encoder_ffn_dim: int = 4096
+    encoder_attention_heads: int = 16
+    decoder_layers: int = 12
+    decoder_ffn_dim: int = 4096
+    decoder_attention_heads: int = 16
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
+    activation_function: str = "gelu"
+    d_model: int = 1024
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    init_std: float = 0.02
+    classifier_dropout: float = 0.0
+    scale_embedding: bool = False
+    use_cache: bool = True
+    id2label: FrozenDict = FrozenDict({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"})
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 2
+    is_encoder_decoder: bool = True
+    decoder_start_token_id: int | None = 2
+    forced_eos_token_id: int | None = 2
+
+    def check(self) -> None:
+        for part in ("encoder", "decoder"):
+            count = getattr(self, f"{part}_attention_heads")
+            if count < 1 or self.d_model % count:
+                raise ConfigError(f"d_model={self.d_model} is no multiple of {part}_attention_heads={count}")
+        check_activation(self.activation_function, "activation_function")
+
+
+def block_spec(c: Any, part: str, *, bias: bool | str = True) -> dict[str, Spec]:
+    """One layer of the encoder or the decoder; `bias` says which projections of attention have one."""
+    init, norm_spec = normal(c.init_std), partial(norm.layer_spec, size=c.d_model)
+    count, width = getattr(c, f"{part}_attention_heads"), getattr(c, f"{part}_ffn_dim")
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    attn = attention_spec(c.d_model, count, c.d_model // count, names=names, init=init, bias=bias)
+    spec: dict[str, Spec] = {
+        "attn": At("self_attn", attn),
+        "attn_norm": norm_spec("self_attn_layer_norm"),
+        "mlp": mlp.dense_spec(c.d_model, width, ("fc1", "fc2"), init=init),
+        "mlp_norm": norm_spec("final_layer_norm"),
+    }
+    if part == "decoder":
+        spec |= {"cross": At("encoder_attn", attn), "cross_norm": norm_spec("encoder_attn_layer_norm")}
+    return spec
+
+
+def post_norm(p: Any, x: jax.Array, part: Any, rate: float, key: Any) -> Any:
+    """What a part computes is added to its input, then normalised: [B, T, E] -> ([B, T, E], cache)."""
+    h, cache = part(x)
+    return norm.layer(p, x + dropout(h, rate, key), EPS), cache
+
+
+def block(
+    p: Any, c: Any, x: Any, count: int, mask: Any, memory: Any, memory_mask: Any, cache: Any, key: Any, around: Any
+) -> Any:
+    """Attention to itself, to the memory if there is one, and a network, each in a residual connection `around` it.
+
+    [B, T, E] -> ([B, T, E], cache); `count` is the number of heads.
+    """
+    keys = split(key, 6)
+    cache = cache or {"attn": None, "cross": None}
+    shared = {"head_dim": c.d_model // count, "dropout": c.attention_dropout}
+
+    def own(x: jax.Array) -> Any:
+        return self_attention(p["attn"], x, mask=mask, cache=cache["attn"], key=keys[0], **shared)
+
+    def other(x: jax.Array) -> Any:
+        return cross_attention(p["cross"], x, memory, mask=memory_mask, cache=cache["cross"], key=keys[1], **shared)
+
+    def think(x: jax.Array) -> Any:
+        return mlp.dense(p["mlp"], x, c.activation_function, rate=c.activation_dropout, key=keys[2]), None
+
+    x, attn = around(p["attn_norm"], x, own, c.dropout, keys[3])
+    cross = cache["cross"]
+    if "cross" in p and (memory is not None or cross is not None):
+        x, cross = around(p["cross_norm"], x, other, c.dropout, keys[4])
+    return around(p["mlp_norm"], x, think, c.dropout, keys[5])[0], {"attn": attn, "cross": cross}
+
+
+def run_layers(
+    p: Any,
+    c: Any,
+    part: str,
+    x: jax.Array,
+    mask: Any,
+    memory: Any = None,
+    memory_mask: Any = None,
+    *,
+    cache: Any = None,
+    key: Any = None,
+    around: Any = post_norm,
+) -> Any:
+    """All layers of the encoder or the decoder, [B, T, E] -> ([B, T, E], cache); with a key some are passed over."""
+    count, rate = getattr(c, f"{part}_attention_heads"), getattr(c, f"{part}_layerdrop")
+
+    def run(p: Any, x: jax.Array, cache: Any, key: Any) -> Any:
+        k_block, k_drop = split(key, 2)
+        y, cache = block(p, c, x, count, mask, memory, memory_mask, cache, k_block, around)
+        if key is not None and rate > 0:  # LayerDrop, Fan et al. 2019, arXiv:1909.11556
+            y = jnp.where(jax.random.bernoulli(k_drop, rate), x, y)
+        return y, cache
+
+    return fold(run, p[part].get("layers", ()), x, cache=cache, key=key)
+
+
+def part_spec(c: BartConfig, part: str) -> dict[str, Spec]:
+    """Positions, first norm and layers of the encoder or the decoder."""
+    rows, init = c.max_position_embeddings + OFFSET, normal(c.init_std)
+    position = embed.embedding_spec("embed_positions", rows, c.d_model, init=init, axes=(None, "embed"))
+    return {
+        "embed": {"position": position, "norm": norm.layer_spec("layernorm_embedding", c.d_model)},
+        "layers": stack_of("layers", [block_spec(c, part)] * getattr(c, f"{part}_layers")),
+        "version": Ignored("version"),
+    }
+
+
+def model_spec(c: BartConfig) -> dict[str, Spec]:
+    """Words, encoder and decoder. Untied, both have words of their own, and the shared ones are kept and never read."""
+    table = partial(embed.embedding_spec, rows=c.vocab_size, size=c.d_model, init=normal(c.init_std))
+    word = Tied("embed_tokens.weight", "embed.word.embedding") if c.tie_word_embeddings else table("embed_tokens")
+    spec: dict[str, Spec] = {"embed": {"word": table("shared")}}
+    for part in ("encoder", "decoder"):
+        spec[part] = At(part, part_spec(c, part) | {"word": optional(word)})
+    return spec
+
+
+def embeddings(p: Any, c: BartConfig, part: str, ids: Any, vectors: Any, offset: Any, key: Any) -> jax.Array:
+    """Word and position vectors, added and normalised: [B, T] -> [B, T, E]. Vectors that are given are not scaled."""
+    embed.check_inputs(ids, vectors, c.max_position_embeddings, "" if part == "encoder" else "decoder_")
+    own = p[part]["embed"]
+    with tap.scope("embed"):
+        scale = c.d_model**0.5 if c.scale_embedding else 1.0
+        x = embed.embed(p[part].get("word", p["embed"]["word"]), ids) * scale if vectors is None else vectors
+        x = x + embed.embed(own["position"], OFFSET + offset + jnp.arange(x.shape[1])[None])
+        return tap.tap("out", dropout(norm.layer(own["norm"], x, EPS), c.dropout, key))
+
+
+def encode(
+    p: Any, c: BartConfig, input_ids: Any = None, attention_mask: Any = None, inputs_embeds: Any = None, key: Any = None
+) -> BaseModelOutput:
+    """The encoder's states of a text: ids [B, S] -> [B, S, E]."""
+    k_embed, k_layers = split(key, 2)
+    with tap.scope("encoder"):
+        x = embeddings(p, c, "encoder", input_ids, inputs_embeds, 0, k_embed)
+        x, _ = run_layers(p, c, "encoder", x, from_attention_mask(attention_mask), key=k_layers)
+    return BaseModelOutput(last_hidden_state=x)
+
+
+def decode(
+    p: Any,
+    c: BartConfig,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Any = None,
+    inputs_embeds: Any = None,
+    cache: Any = None,
+    key: Any = None,
+) -> Any:
+    """The decoder: ids [B, T] and an encoder's states [B, S, E], if there are any -> (states [B, T, E], cache)."""
+    k_embed, k_layers = split(key, 2)
+    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
+    with tap.scope("decoder"):
+        x = embeddings(p, c, "decoder", input_ids, inputs_embeds, offset, k_embed)
+        mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
+        memory = encoder_hidden_states, from_attention_mask(encoder_attention_mask)
+        return run_layers(p, c, "decoder", x, mask, *memory, cache=cache, key=k_layers)
+
+
+def run_both(
+    p: Any,
+    c: BartConfig,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    decoder_input_ids: Any = None,
+    decoder_attention_mask: Any = None,
+    encoder_outputs: Any = None,
+    inputs_embeds: Any = None,
+    decoder_inputs_embeds: Any = None,
+    cache: Any = None,
+    key: Any = None,
+) -> Seq2SeqOutput:
+    """Encoder and decoder: ids [B, S] and [B, T] -> the decoder's states [B, T, E].
+
+    In the place of `input_ids` the encoder's states [B, S, E] may be given, or a cache that has seen them. Without
+    inputs of its own the decoder reads the text, shifted.
+    """
+    k_encoder, k_decoder = split(key, 2)
+    if decoder_input_ids is None and decoder_inputs_embeds is None:
+        if input_ids is None:
+            raise ValueError("without input_ids the decoder needs decoder_input_ids or decoder_inputs_embeds")
+        decoder_input_ids = shift_right(input_ids, c.decoder_start_token_id, c.pad_token_id)
+    memory = None
+    if encoder_outputs is not None:
+        memory = states_of(encoder_outputs)
+    elif input_ids is not None or inputs_embeds is not None or cache is None:
+        memory = encode(p, c, input_ids, attention_mask, inputs_embeds, k_encoder).last_hidden_state
+    own = decoder_input_ids, decoder_attention_mask
+    x, cache = decode(p, c, *own, memory, attention_mask, decoder_inputs_embeds, cache, k_decoder)
+    return Seq2SeqOutput(last_hidden_state=x, encoder_last_hidden_state=memory, cache=cache)
+
+
+def conditional_generation(p: Any, c: BartConfig, input_ids: Any = None, **inputs: Any) -> Seq2SeqLogitsOutput:
+    """Scores of the decoder's next words [B, T, V]."""
+    out = run_both(p, c, input_ids, **inputs)
+    logits = heads.lm_logits(p, out.last_hidden_state)
+    logits = logits + p["bias"].astype(logits.dtype)
+    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=out.encoder_last_hidden_state)
+
+
+def sequence_classification(p: Any, c: BartConfig, input_ids: Any = None, key: Any = None, **inputs: Any) -> Any:
+    """A label for every text, from the decoder's state at the last end-of-text token: [B, labels]."""
+    out = run_both(p, c, input_ids, key=key, **inputs)
+    x = eos_states(out.last_hidden_state, input_ids, c.eos_token_id)
+    k_in, k_out = split(None if key is None else fold_path(key, "head"), 2)
+    x = jnp.tanh(linear(p["head"]["dense"], dropout(x, c.classifier_dropout, k_in)))
+    logits = linear(p["head"]["out"], dropout(x, c.classifier_dropout, k_out))
+    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=out.encoder_last_hidden_state)
+
+
+def question_answering(p: Any, c: BartConfig, input_ids: Any = None, **inputs: Any) -> SpanOutput:
+    """Scores of the decoder's positions as first and last of the answer: two times [B, T]."""
+    out = run_both(p, c, input_ids, **inputs)
+    start, end = jnp.moveaxis(linear(p["head"], out.last_hidden_state), -1, 0)
+    memory = out.encoder_last_hidden_state
+    return SpanOutput(start_logits=start, end_logits=end, cache=out.cache, encoder_last_hidden_state=memory)
+
+
+def init_cache(c: Any, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
+    """Empty caches of the decoder's layers: room for `length` positions and an encoder's `encoder_length` states."""
+    count = c.decoder_attention_heads
+    empty = partial(KVCache.empty, batch, heads=count, head_dim=c.d_model // count, dtype=dtype)
+    cross = (empty(length=encoder_length) if encoder_length else None for _ in range(c.decoder_layers))
+    return tuple({"attn": empty(length=length), "cross": one} for one in cross)
+
+
+def decoder_spec(c: BartConfig) -> dict[str, Spec]:
+    """The decoder alone, with words that a whole model calls shared."""
+    word = embed.embedding_spec("decoder.embed_tokens", c.vocab_size, c.d_model, init=normal(c.init_std))
+    shared = Tied("shared.weight", "embed.word.embedding")
+    return {"embed": {"word": word, "shared": shared}, "decoder": At("decoder", part_spec(c, "decoder"))}
+
+
+def _bias(c: BartConfig) -> dict[str, Spec]:
+    row = Reshape((1, c.vocab_size))
+    return {"bias": Param((c.vocab_size,), ("vocab",), "final_logits_bias", layout=row, optional=True, buffer=True)}
+
+
+def _labels(c: BartConfig) -> dict[str, Spec]:
+    dense = partial(linear_spec, d_in=c.d_model, axes=("embed", None), init=normal(c.init_std))
+    both = {"dense": dense("dense", d_out=c.d_model), "out": dense("out_proj", d_out=c.num_labels)}
+    return {"head": At("classification_head", both)}
+
+
+# Where the states of a decoder are that is all there is.
+ALONE = {
+    "hidden_states": ("output_hidden_states", ("decoder.embed.out", "decoder.layers.*.out", "decoder.last")),
+    "attentions": ("output_attentions", ("decoder.layers.*.attn.weights",)),
+}
+
+_whole, _seq2seq = partial(heads.with_heads, "model", model_spec), partial(Architecture, methods={"encode": encode})
+
+FAMILY = Family(
+    "bart",
+    BartConfig,
+    base="model",
+    inputs=run_both,
+    init_cache=init_cache,
+    architectures=(
+        _seq2seq("BartModel", "", model_spec, run_both),
+        _seq2seq(
+            "BartForConditionalGeneration",
+            "ForSeq2SeqLM",
+            _whole(heads.lm_head(), _bias),
+            conditional_generation,
+            also=("ForMaskedLM", "ForPreTraining"),
+        ),
+        _seq2seq(
+            "BartForSequenceClassification", "ForSequenceClassification", _whole(_labels), sequence_classification
+        ),
+        _seq2seq(
+            "BartForQuestionAnswering",
+            "ForQuestionAnswering",
+            _whole(heads.linear_head("qa_outputs", 2)),
+            question_answering,
+        ),
+        Architecture(
+            "BartForCausalLM",
+            "ForCausalLM",
+            heads.with_heads("model", decoder_spec, heads.lm_head()),
+            heads.causal_lm(decode),
+            inputs=decode,
+            collected=ALONE,
+        ),
+    ),
+)

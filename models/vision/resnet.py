@@ -1,0 +1,221 @@
+"""ResNet: convolutions with a short cut around every few of them, the backbone of most detectors.
+
+He et al. 2015, arXiv:1512.03385; the stride of a bottleneck is in its 3 x 3 convolution, as in torchvision ("v1.5"),
+unless `downsample_in_bottleneck`. A stem, then stages of basic (two 3 x 3) or bottleneck (1 x 1, 3 x 3, 1 x 1) layers.
+Maps are channels-last inside, and [B, C, H, W] where they go in and come out. With `key` the norms use the batch's own
+statistics and hand out the new running ones (`formax.layers.norm.batch`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+
+from formax.core import tap
+from formax.core.config import Config, ConfigError, config
+from formax.core.family import Architecture, Family
+from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
+from formax.core.spec import At, Spec, under
+from formax.layers import norm
+from formax.layers.activations import activation, check_activation
+from formax.layers.conv import channels_first, channels_last, conv, conv_spec, max_pool
+from formax.layers.linear import linear, linear_spec
+
+HE = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+LINEAR = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@config
+class ResNetConfig(Config):
+    """`config.json` of model type "resnet"."""
+
+    model_type: ClassVar[str] = "resnet"
+    implemented: ClassVar = {"layer_type": ("basic", "bottleneck")}
+
+    num_channels: int = 3
+    embedding_size: int = 64
+    hidden_sizes: tuple[int, ...] = (256, 512, 1024, 2048)
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    layer_type: str = "bottleneck"
+    hidden_act: str = "relu"
+    downsample_in_first_stage: bool = False
+    downsample_in_bottleneck: bool = False
+    out_features: tuple[str, ...] | None = None
+    out_indices: tuple[int, ...] | None = None
+    stage_names: tuple[str, ...] | None = None  # what follows from `depths`, written by the reference
+
+    def check(self) -> None:
+        check_activation(self.hidden_act)
+        if not self.depths or len(self.depths) != len(self.hidden_sizes) or min(self.depths) < 1:
+            raise ConfigError(f"depths={self.depths} must be a number of layers for each of {self.hidden_sizes}")
+        picked = self.features
+        if not all(0 <= i <= len(self.depths) for i in picked) or list(picked) != sorted(set(picked)):
+            raise ConfigError(f"out_indices={self.out_indices} must be stages of 0 to {len(self.depths)}, in order")
+        if self.out_features is not None and tuple(self.stages[i] for i in picked) != self.out_features:
+            raise ConfigError(f"out_features={self.out_features} and out_indices={self.out_indices} are not the same")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the maps that a backbone can give."""
+        return ("stem", *(f"stage{i + 1}" for i in range(len(self.depths))))
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Numbers of the maps that a backbone gives: what is asked for, or the last."""
+        if self.out_indices is not None:
+            return tuple(i + len(self.stages) if i < 0 else i for i in self.out_indices)
+        if self.out_features is None:
+            return (len(self.depths),)
+        if unknown := set(self.out_features) - set(self.stages):
+            raise ConfigError(f"out_features has {min(unknown)!r}; there are {', '.join(self.stages)}")
+        return tuple(self.stages.index(name) for name in self.out_features)
+
+
+@dataclass(frozen=True)
+class Names:
+    """Checkpoint names: convolution and norm of the stem, a layer, the same two of its parts and of its short cut."""
+
+    stem: tuple[str, str] = ("embedder.embedder.convolution", "embedder.embedder.normalization")
+    layer: str = "encoder.stages.{stage}.layers.{layer}"
+    part: tuple[str, str] = ("layer.{part}.convolution", "layer.{part}.normalization")
+    shortcut: tuple[str, str] = ("shortcut.convolution", "shortcut.normalization")
+
+
+def part_spec(names: tuple[str, str], d_in: int, d_out: int, window: int, norm_spec: Any) -> dict[str, Spec]:
+    """A convolution and its norm."""
+    kernel = conv_spec(names[0], d_in, d_out, (window, window), init=HE, bias=False)
+    return {"conv": kernel, "norm": norm_spec(names[1], d_out)}
+
+
+def part(p: Any, x: jax.Array, stride: int, dilation: int, key: Any, name: str) -> jax.Array:
+    """Convolution and norm, [B, H, W, C] -> [B, H / stride, W / stride, C']."""
+    padding = p["conv"]["kernel"].shape[0] // 2 * dilation
+    x = conv(p["conv"], x, stride=stride, padding=padding, dilation=dilation)
+    with tap.scope(name):
+        return norm.batch(p["norm"], x, key=key)
+
+
+def features_spec(c: ResNetConfig, names: Names = Names(), norm_spec: Any = norm.batch_spec) -> dict[str, Spec]:
+    """Stem and stages."""
+
+    def layer(stage: int, i: int) -> Spec:
+        d_out = c.hidden_sizes[stage]
+        before = c.hidden_sizes[stage - 1] if stage else c.embedding_size
+        d_in = before if i == 0 else d_out
+        basic = c.layer_type == "basic"
+        widths = (d_in, d_out, d_out) if basic else (d_in, d_out // 4, d_out // 4, d_out)
+        spec: dict[str, Spec] = {
+            "parts": tuple(
+                part_spec(tuple(n.format(part=k, one=k + 1) for n in names.part), *widths[k : k + 2], window, norm_spec)
+                for k, window in enumerate((3, 3) if basic else (1, 3, 1))
+            )
+        }
+        if d_in != d_out or (i == 0 and strides(c)[stage] > 1):
+            spec["shortcut"] = part_spec(names.shortcut, d_in, d_out, 1, norm_spec)
+        return At(names.layer.format(stage=stage, layer=i, one=stage + 1), spec)
+
+    stages = tuple(tuple(layer(stage, i) for i in range(depth)) for stage, depth in enumerate(c.depths))
+    return {"stem": part_spec(names.stem, c.num_channels, c.embedding_size, 7, norm_spec), "stages": stages}
+
+
+def strides(c: ResNetConfig) -> list[int]:
+    """By how much each stage shrinks the map."""
+    return [2 if stage or c.downsample_in_first_stage else 1 for stage in range(len(c.depths))]
+
+
+def layer(p: Any, c: ResNetConfig, x: jax.Array, stride: int, dilations: tuple[int, int], key: Any) -> jax.Array:
+    """What the parts compute, added to the input: [B, H, W, C] -> [B, H / stride, W / stride, C'].
+
+    `dilations` are those of the first 3 x 3 window and of a second one. Between the parts is always a ReLU: in the
+    reference `hidden_act` is what follows the stem and the sum.
+    """
+    h, last = x, len(p["parts"]) - 1
+    strided = 0 if last == 1 or c.downsample_in_bottleneck else 1
+    with tap.scope("parts"):
+        for i, q in enumerate(p["parts"]):
+            dilation = dilations[1 if last == 1 and i == 1 else 0]
+            h = part(q, h, stride if i == strided else 1, dilation, key, str(i))
+            h = jax.nn.relu(h) if i < last else h
+    return activation(c.hidden_act)(h + (part(p["shortcut"], x, stride, 1, key, "shortcut") if "shortcut" in p else x))
+
+
+def features(p: Any, c: ResNetConfig, x: jax.Array, *, shrink: int | None = None, key: Any = None) -> list[jax.Array]:
+    """Maps of the stem and of every stage: [B, H, W, C] -> [B, H / 4, W / 4, C'], ...
+
+    From where the map is `shrink` times smaller than the image, stages keep its size and widen their windows instead
+    ("a trous", Yu et al. 2017, arXiv:1705.09914); the first window of such a stage still has the width before.
+    """
+    x = activation(c.hidden_act)(part(p["stem"], x, 2, 1, key, "stem"))
+    x = max_pool(x, 3, stride=2, padding=1)
+    maps, reached, wide = [_seen("stem.out", x)], 4, 1
+    for stage, (layers, stride) in enumerate(zip(p["stages"], strides(c), strict=True)):
+        before, keeps = wide, shrink is not None and reached >= shrink
+        wide, reached, stride = (wide * stride, reached, 1) if keeps else (wide, reached * stride, stride)
+        x = maps[-1]
+        for i, q in enumerate(layers):
+            with tap.scope("stages"), tap.scope(str(stage)), tap.scope(str(i)):
+                x = tap.tap("out", layer(q, c, x, 1 if i else stride, (wide if i else before, wide), key))
+        maps.append(_seen(f"stages.{stage}.out", x))
+    return maps
+
+
+def _seen(place: str, x: jax.Array) -> jax.Array:
+    """A place that shows maps as the reference does, [B, C, H, W]."""
+    return channels_last(tap.tap(place, channels_first(x)))
+
+
+def to_maps(p: Any, c: Any, pixel_values: Any) -> jax.Array:
+    """Images [B, C, H, W] -> [B, H, W, C], in the dtype of the parameters.
+
+    Raises:
+        ValueError: other dimensions, or another number of channels than the configuration has.
+    """
+    if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[1] != c.num_channels:
+        given = "nothing" if pixel_values is None else f"shape {pixel_values.shape}"
+        raise ValueError(f"pixel_values must be [batch, {c.num_channels} channels, height, width], got {given}")
+    return channels_last(pixel_values).astype(p["stem"]["conv"]["kernel"].dtype)
+
+
+def model(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> BaseModelOutput:
+    """Images [B, C, H, W] -> the last map [B, C', H / 32, W / 32] and its mean over all places [B, C', 1, 1]."""
+    last = channels_first(features(p, c, to_maps(p, c, pixel_values), key=key)[-1])
+    return BaseModelOutput(last_hidden_state=last, pooler_output=last.mean((2, 3), keepdims=True))
+
+
+def image_classification(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> LogitsOutput:
+    """A label for every image: [B, C, H, W] -> logits [B, labels]; without labels the pooled maps [B, C']."""
+    pooled = model(p, c, pixel_values, key).pooler_output[..., 0, 0]
+    return LogitsOutput(logits=linear(p["head"], pooled) if "head" in p else pooled)
+
+
+def image_classification_spec(c: ResNetConfig) -> dict[str, Spec]:
+    """The model and a linear head, if there are labels."""
+    head = linear_spec("classifier.1", c.hidden_sizes[-1], c.num_labels, ("embed", None), init=LINEAR)
+    return under("resnet", features_spec(c)) | ({"head": head} if c.num_labels else {})
+
+
+def backbone(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> BackboneOutput:
+    """The maps that `out_features` or `out_indices` ask for: [B, C, H, W] -> feature_maps, each [B, C', H', W']."""
+    maps = features(p, c, to_maps(p, c, pixel_values), key=key)
+    return BackboneOutput(feature_maps=tuple(channels_first(maps[i]) for i in c.features))
+
+
+_STATES = {"hidden_states": ("output_hidden_states", ("stem.out", "stages.*.out"))}
+
+FAMILY = Family(
+    "resnet",
+    ResNetConfig,
+    base="resnet",
+    inputs=model,
+    architectures=(
+        Architecture("ResNetModel", "", features_spec, model, collected=_STATES),
+        Architecture(
+            "ResNetForImageClassification",
+            "ForImageClassification",
+            image_classification_spec,
+            image_classification,
+            collected=_STATES,
+        ),
+        Architecture("ResNetBackbone", "Backbone", features_spec, backbone, collected=_STATES),
+    ),
+)

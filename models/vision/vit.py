@@ -1,0 +1,241 @@
+"""ViT: an image cut into patches, read as a text by a bidirectional encoder with pre-layer-norm blocks.
+
+Dosovitskiy et al. 2020, arXiv:2010.11929; original code google-research/vision_transformer. Nearest relative: BERT,
+whose layers these are with the norms before each part. A learned class token goes first and stands for the image.
+Images of other sizes get their positions stretched. Masked image modelling is SimMIM's (Xie et al. 2021,
+arXiv:2111.09886).
+"""
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from formax.core import tap
+from formax.core.config import Config, ConfigError, config
+from formax.core.family import Architecture, Family
+from formax.core.layout import Patch, Reshape
+from formax.core.outputs import Array, BaseModelOutput, LogitsOutput, Output, output
+from formax.core.rng import split
+from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
+from formax.layers import heads, mlp, norm
+from formax.layers.activations import activation, check_activation
+from formax.layers.attention import Mask, attention_spec, self_attention
+from formax.layers.conv import embed_patches, patch_spec
+from formax.layers.dropout import dropout
+from formax.layers.linear import linear, linear_spec
+from formax.layers.resize import Size, check_pixels, grid_of, pair, stretch_positions
+
+
+@config
+class ViTConfig(Config):
+    """`config.json` of model type "vit"."""
+
+    model_type: ClassVar[str] = "vit"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    encoder_stride: int = 16
+    pooler_output_size: int | None = None  # hidden_size
+    pooler_act: str = "tanh"
+
+    def check(self) -> None:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        check_activation(self.hidden_act)
+        check_activation(self.pooler_act, "pooler_act")
+        grid_of(self.image_size, self.patch_size)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def heads_of(self, layer: int) -> int:
+        """Attention heads that are left in a layer."""
+        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
+
+
+def block_spec(c: ViTConfig, layer: int) -> dict[str, Spec]:
+    """One layer."""
+    init = normal(c.initializer_range)
+    names = ("attention.query", "attention.key", "attention.value", "output.dense")
+    bias = True if c.qkv_bias else "o"
+    attn = attention_spec(c.hidden_size, c.heads_of(layer), c.head_dim, names=names, init=init, bias=bias)
+    return {
+        "attn_norm": norm.layer_spec("layernorm_before", c.hidden_size),
+        "attn": At("attention", attn),
+        "mlp_norm": norm.layer_spec("layernorm_after", c.hidden_size),
+        "mlp": mlp.dense_spec(c.hidden_size, c.intermediate_size, ("intermediate.dense", "output.dense"), init=init),
+    }
+
+
+def block(p: Any, c: ViTConfig, x: jax.Array, key: Any) -> jax.Array:
+    """Pre-norm: each part works on what was normalised, and adds to what was not. [B, T, E] -> [B, T, E]."""
+    keys = split(key, 3)
+    own = {"mask": Mask(), "dropout": c.attention_probs_dropout_prob, "key": keys[0]}
+    h, _ = self_attention(p["attn"], norm.layer(p["attn_norm"], x, c.layer_norm_eps), c.head_dim, **own)
+    x = x + dropout(h, c.hidden_dropout_prob, keys[1])
+    h = mlp.dense(p["mlp"], norm.layer(p["mlp_norm"], x, c.layer_norm_eps), c.hidden_act)
+    return x + dropout(h, c.hidden_dropout_prob, keys[2])
+
+
+def encoder_spec(c: ViTConfig, *, masked: bool = False) -> dict[str, Spec]:
+    """Embeddings, layers and the last norm; with a token for `masked` patches, which a base model's file lacks."""
+    init, zeros = normal(c.initializer_range), jax.nn.initializers.zeros
+    rows, columns = grid_of(c.image_size, c.patch_size)
+    positions, size, patch = 1 + rows * columns, c.hidden_size, pair(c.patch_size)
+    table = Param((positions, size), (None, "embed"), "position_embeddings", init, Reshape((1, positions, size)))
+    token = partial(Param, (size,), ("embed",), layout=Reshape((1, 1, size)))
+    embeddings: dict[str, Spec] = {
+        "patch": patch_spec("patch_embeddings.projection", c.num_channels, size, patch, init=init),
+        "cls": {"embedding": token("cls_token", init)},
+        "position": {"embedding": table},
+    }
+    if masked:
+        embeddings["mask"] = optional({"embedding": token("mask_token", zeros)})
+    layers = [block_spec(c, i) for i in range(c.num_hidden_layers)]
+    return {
+        "embed": At("embeddings", embeddings),
+        "layers": stack_of("encoder.layer", layers),
+        "norm": norm.layer_spec("layernorm", c.hidden_size),
+    }
+
+
+def model_spec(c: ViTConfig) -> dict[str, Spec]:
+    """The encoder and the pooler, which checkpoints of heads lack: none of them uses it."""
+    size = c.pooler_output_size or c.hidden_size
+    dense = linear_spec("pooler.dense", c.hidden_size, size, ("embed", None), init=normal(c.initializer_range))
+    return {**encoder_spec(c), "pooler": optional(dense)}
+
+
+def class_token_first(p: Any, x: jax.Array) -> jax.Array:
+    """[B, N, E] -> [B, 1 + N, E]."""
+    token = jnp.broadcast_to(p["embedding"].astype(x.dtype), (len(x), 1, x.shape[-1]))
+    return jnp.concatenate([token, x], axis=1)
+
+
+def embeddings(p: Any, c: ViTConfig, pixels: Any, hidden: Any, stretch: bool, key: Any) -> jax.Array:
+    """Class token and patches (the `hidden` ones replaced) with their positions: [B, C, height, width] -> [B, T, E]."""
+    grid = check_pixels(pixels, c, stretch)
+    if hidden is not None and "mask" not in p:
+        raise ValueError("bool_masked_pos needs a model for masked image modelling: this one has no token for masks")
+    if hidden is not None and hidden.shape != (len(pixels), grid[0] * grid[1]):
+        raise ValueError(
+            f"bool_masked_pos must be {(len(pixels), grid[0] * grid[1])} [batch, patches], got {hidden.shape}"
+        )
+    with tap.scope("embed"):
+        x = embed_patches(p["patch"], pixels.astype(p["patch"]["kernel"].dtype), pair(c.patch_size))
+        if hidden is not None:
+            x = jnp.where(hidden[..., None] != 0, p["mask"]["embedding"].astype(x.dtype), x)
+        own = grid_of(c.image_size, c.patch_size)
+        x = class_token_first(p["cls"], x) + stretch_positions(p["position"]["embedding"], own, grid).astype(x.dtype)
+        return tap.tap("out", dropout(x, c.hidden_dropout_prob, key))
+
+
+def encode(
+    p: Any,
+    c: ViTConfig,
+    pixel_values: Any = None,
+    bool_masked_pos: Any = None,
+    interpolate_pos_encoding: bool = False,
+    key: Any = None,
+) -> jax.Array:
+    """States of the class token and of the patches, row by row: [B, C, height, width] -> [B, 1 + N, E]."""
+    k_embed, k_layers = split(key, 2)
+    x = embeddings(p["embed"], c, pixel_values, bool_masked_pos, interpolate_pos_encoding, k_embed)
+
+    def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
+        return block(p, c, x, key), cache
+
+    x, _ = fold(run, p.get("layers", ()), x, key=k_layers)
+    return norm.layer(p["norm"], x, c.layer_norm_eps)
+
+
+def model(p: Any, c: ViTConfig, pixel_values: Any = None, **inputs: Any) -> BaseModelOutput:
+    """States [B, 1 + N, E] and pooled [B, E']."""
+    x = encode(p, c, pixel_values, **inputs)
+    pooled = activation(c.pooler_act)(linear(p["pooler"], x[:, 0]))
+    return BaseModelOutput(last_hidden_state=x, pooler_output=tap.tap("pooler", pooled))
+
+
+def classifier(c: Any) -> dict[str, Spec]:
+    """A linear map to the labels; none when there are none."""
+    return heads.linear_head("classifier")(c) if c.num_labels else {}
+
+
+def image_classification(
+    p: Any, c: ViTConfig, pixel_values: Any = None, interpolate_pos_encoding: bool = False, key: Any = None
+) -> LogitsOutput:
+    """A label for every image, from the class token: logits [B, labels] (without labels, its state [B, E])."""
+    x = encode(p, c, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, key=key)[:, 0]
+    return LogitsOutput(logits=linear(p["head"], x) if "head" in p else x)
+
+
+@output
+class MaskedImageModelingOutput(Output):
+    """`reconstruction` of the images' pixels, [B, C, height, width]."""
+
+    reconstruction: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+def pixel_decoder(c: ViTConfig) -> dict[str, Spec]:
+    """A linear map from a patch's state to its pixels, stored as the convolution of 1 x 1 that it is."""
+    size, init = c.encoder_stride**2 * c.num_channels, normal(c.initializer_range)
+    return {"head": linear_spec("decoder.0", c.hidden_size, size, ("embed", None), init=init, layout=Patch((1, 1)))}
+
+
+def masked_image_modeling(
+    p: Any, c: ViTConfig, pixel_values: Any = None, bool_masked_pos: Any = None, **inputs: Any
+) -> MaskedImageModelingOutput:
+    """Pixels of all patches, `encoder_stride` x `encoder_stride` for each: [B, C, height', width'].
+
+    Raises:
+        ValueError: patches are masked, and what is made of them would not have the size of the image.
+    """
+    s = c.encoder_stride
+    if bool_masked_pos is not None and pair(c.patch_size) != (s, s):
+        raise ValueError(f"bool_masked_pos needs patches of the encoder_stride={s}, patch_size is {c.patch_size}")
+    x = linear(p["head"], encode(p, c, pixel_values, bool_masked_pos, **inputs)[:, 1:])
+    rows, columns = grid_of(pixel_values.shape[2:], c.patch_size)
+    x = x.reshape(len(x), rows, columns, c.num_channels, s, s).transpose(0, 3, 1, 4, 2, 5)
+    return MaskedImageModelingOutput(reconstruction=x.reshape(len(x), c.num_channels, rows * s, columns * s))
+
+
+FAMILY = Family(
+    "vit",
+    ViTConfig,
+    base="vit",
+    inputs=encode,
+    architectures=(
+        Architecture("ViTModel", "", model_spec, model),
+        Architecture(
+            "ViTForImageClassification",
+            "ForImageClassification",
+            heads.with_heads("vit", encoder_spec, classifier),
+            image_classification,
+            inputs=image_classification,
+        ),
+        Architecture(
+            "ViTForMaskedImageModeling",
+            "ForMaskedImageModeling",
+            heads.with_heads("vit", partial(encoder_spec, masked=True), pixel_decoder),
+            masked_image_modeling,
+        ),
+    ),
+)

@@ -1,0 +1,94 @@
+"""Stretching as PyTorch does it: `torch.nn.functional.interpolate(x, size, mode="bicubic")` of torch 2.13.0."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from formax.layers.resize import bicubic, check_pixels, cubic_matrix, grid_of, pair, stretch_positions
+
+# a map of 3 x 5 that is the same in no two places, and in no direction a straight line
+MAP = np.arange(1, 16, dtype=np.float32).reshape(3, 5, 1) ** 1.5
+TORCH = {
+    (4, 7): [
+        [-0.115788, 0.759201, 2.360442, 3.944983, 5.687849, 8.210412, 9.955236],
+        [7.134302, 8.736877, 11.380282, 13.682425, 16.10405, 19.423426, 21.661585],
+        [23.69829, 26.16537, 30.072756, 33.279106, 36.568054, 40.92635, 43.815132],
+        [37.639095, 40.484585, 44.966854, 48.612392, 52.33218, 57.222794, 60.450607],
+    ],
+    (2, 3): [[3.890127, 8.293068, 13.962412], [33.27883, 41.99203, 51.37437]],
+    (6, 2): [
+        [0.576473, 6.960441],
+        [4.77985, 12.527206],
+        [11.422181, 21.37649],
+        [23.937468, 36.398315],
+        [35.25825, 49.10977],
+        [42.245014, 56.97428],
+    ],
+}
+
+
+@pytest.mark.parametrize("size", TORCH)
+def test_bicubic_is_torchs(size: tuple[int, int]) -> None:
+    found = jax.jit(bicubic, static_argnums=(1, 2))(MAP, *size)
+    np.testing.assert_allclose(found[..., 0], TORCH[size], rtol=1e-5, atol=1e-5)
+
+
+def test_leading_and_last_axes_are_carried_along() -> None:
+    maps = np.random.RandomState(0).standard_normal((2, 4, 3, 5, 6)).astype(np.float32)
+    found = np.asarray(bicubic(maps, 7, 4))
+    assert found.shape == (2, 4, 7, 4, 6)
+    np.testing.assert_allclose(found[1, 2, ..., 3], bicubic(maps[1, 2, ..., 3:4], 7, 4)[..., 0], atol=1e-6)
+
+
+def test_the_same_size_changes_nothing() -> None:
+    np.testing.assert_array_equal(bicubic(MAP, 3, 5), MAP)
+
+
+@pytest.mark.parametrize(("size", "new"), [(1, 4), (4, 1), (14, 16), (37, 5)])
+def test_a_constant_stays_constant(size: int, new: int) -> None:
+    assert cubic_matrix(size, new).shape == (new, size)
+    np.testing.assert_allclose(cubic_matrix(size, new).sum(1), 1, rtol=1e-12)
+
+
+def test_low_precision_is_computed_in_float32() -> None:
+    found = bicubic(jnp.asarray(MAP, jnp.bfloat16), 4, 7)
+    assert found.dtype == jnp.bfloat16
+    whole = bicubic(jnp.asarray(MAP, jnp.bfloat16).astype(jnp.float32), 4, 7).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(whole, np.float32))
+
+
+def test_positions_outside_the_grid_stay() -> None:
+    table = np.random.RandomState(0).standard_normal((2 + 3 * 5, 4)).astype(np.float32)
+    found = stretch_positions(jnp.asarray(table), (3, 5), (4, 7), first=2)
+    np.testing.assert_array_equal(found[:2], table[:2])
+    np.testing.assert_array_equal(found[2:].reshape(4, 7, 4), bicubic(table[2:].reshape(3, 5, 4), 4, 7))
+
+
+def test_positions_of_the_same_grid_are_the_table_itself() -> None:
+    table = jnp.ones((1 + 3 * 5, 4))
+    assert stretch_positions(table, (3, 5), (3, 5)) is table
+
+
+def test_grids_count_whole_patches() -> None:
+    assert pair(7) == (7, 7)
+    assert pair((5, 9)) == (5, 9)
+    assert grid_of(23, 5) == (4, 4)
+    assert grid_of((22, 24), (4, 3)) == (5, 8)
+    with pytest.raises(ValueError, match=r"height and width; got \(1, 2, 3\)"):
+        pair((1, 2, 3))
+    with pytest.raises(ValueError, match="image of 4 x 9 has no patch of 5 x 5"):
+        grid_of((4, 9), 5)
+
+
+def test_pixels_are_checked() -> None:
+    c = SimpleNamespace(num_channels=3, image_size=20, patch_size=4)
+    assert check_pixels(np.zeros((2, 3, 20, 20)), c, False) == (5, 5)
+    assert check_pixels(np.zeros((2, 3, 30, 17)), c, True) == (7, 4)
+    for wrong in (None, np.zeros((3, 20, 20)), np.zeros((2, 20, 20, 3))):
+        with pytest.raises(ValueError, match=r"must be \[batch, 3 channels, height, width\], got (nothing|shape)"):
+            check_pixels(wrong, c, False)
+    with pytest.raises(ValueError, match=r"are 30 x 17, the model's images 20 x 20: resize them, or .*interpolate_pos"):
+        check_pixels(np.zeros((2, 3, 30, 17)), c, False)
