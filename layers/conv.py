@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from formax.core.layout import CONV_1D, CONV_2D, CONV_3D, Patch
 from formax.core.spec import At, Initializer, Param, Spec, zeros
@@ -74,7 +75,7 @@ def conv(
 def max_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) -> jax.Array:
     """Largest value of every window, [B, *spatial, C] -> [B, *spatial', C]; beyond the edges nothing counts."""
     rank = x.ndim - 2
-    low = jnp.asarray(-jnp.inf, x.dtype)
+    low = np.array(-np.inf, x.dtype)  # of NumPy: JAX must see the value to know this for a maximum, with its gradient
     sizes, steps = (1, *[window] * rank, 1), (1, *[stride] * rank, 1)
     pads = ((0, 0), *[(padding, padding)] * rank, (0, 0))
     return jax.lax.reduce_window(x, low, jax.lax.max, sizes, steps, pads)

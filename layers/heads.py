@@ -152,22 +152,21 @@ def decoder_heads(
     *,
     lm: str = "ForCausalLM",
     token: str = "score",
+    span: str = "",
 ) -> tuple[Architecture, ...]:
     """The heads of decoders: the next word, and labels for texts (from their last token), tokens and spans.
 
     Args:
         name: what the class names begin with.
-        base: the bare model's prefix in checkpoints (that of the span head is "transformer", whatever the family).
+        base: the bare model's prefix in checkpoints.
         spec: of the bare model.
         encode: see above.
         lm: what the class name of the first ends with.
         token: checkpoint name of the token head.
+        span: the bare model's prefix in checkpoints of the span head, `base` by default.
     """
     words, text = with_heads(base, spec, lm_head()), with_heads(base, spec, linear_head("score", bias=False))
-    labels, span = (
-        with_heads(base, spec, linear_head(token)),
-        with_heads("transformer", spec, linear_head("qa_outputs", 2)),
-    )
+    labels, spans = with_heads(base, spec, linear_head(token)), linear_head("qa_outputs", 2)
     return (
         Architecture(name + lm, "ForCausalLM", words, causal_lm(encode), also=("ForPreTraining",)),
         *(
@@ -175,7 +174,7 @@ def decoder_heads(
             for task, made, head in (
                 ("ForSequenceClassification", text, last_token_classification),
                 ("ForTokenClassification", labels, token_classification),
-                ("ForQuestionAnswering", span, question_answering),
+                ("ForQuestionAnswering", with_heads(span or base, spec, spans), question_answering),
             )
         ),
     )

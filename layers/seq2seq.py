@@ -23,10 +23,11 @@ def shift_right(ids: jax.Array, start: int | None, pad: int | None) -> jax.Array
 
 
 def states_of(encoder_outputs: Any) -> jax.Array:
-    """The encoder's states [B, S, E], given as such, as an output or as a tuple that begins with them."""
+    """The encoder's states [B, S, E], given as such, as an output, or as a tuple (an array [1, ...]) that begins so."""
     if hasattr(encoder_outputs, "last_hidden_state"):
         return encoder_outputs.last_hidden_state
-    return encoder_outputs[0] if isinstance(encoder_outputs, tuple | list) else encoder_outputs
+    in_tuple = isinstance(encoder_outputs, tuple | list) or encoder_outputs.ndim == 4
+    return encoder_outputs[0] if in_tuple else encoder_outputs
 
 
 def eos_states(x: jax.Array, input_ids: jax.Array | None, eos: Any) -> jax.Array:

@@ -50,6 +50,7 @@ TABLES = {
     "decoder_input_ids": "vocab_size",
     "token_type_ids": "type_vocab_size",
     "position_ids": "max_position_embeddings",
+    "decoder_position_ids": "max_target_positions",
 }
 # Inputs of every family with attention: factors on the weights, [heads] or [layers, heads] -> where.
 HEAD_MASKS = {
@@ -341,10 +342,12 @@ def _forward(
         if switch in wanted
     }
     interventions = model.interventions
+    masked = dict(HEAD_MASKS)
+    if "decoder_input_ids" not in model.input_names:  # a decoder alone
+        masked["head_mask"] += masked["decoder_head_mask"]
     for name, factor in factors.items():
         interventions += tuple(
-            Intervention(pattern, _head_factors(name, factor), indexed=True, required=False)
-            for pattern in HEAD_MASKS[name]
+            Intervention(pattern, _head_factors(name, factor), indexed=True, required=False) for pattern in masked[name]
         )
     states = tuple(pattern for found in fields.values() for pattern in found)
     with watch(patterns, interventions, optional=(*optional, *states)) as seen:
@@ -353,7 +356,7 @@ def _forward(
             arguments["key"] = key
         out = model.architecture.apply(model.params, model.config, **arguments)
     for name, factor in factors.items():
-        depth = max(len(seen.among((pattern,))) for pattern in HEAD_MASKS[name])
+        depth = max(len(seen.among((pattern,))) for pattern in masked[name])
         if depth == 0:
             raise ValueError(f"{name} is given, but this call has no such attention weights")
         if factor.ndim == 2 and len(factor) != depth:

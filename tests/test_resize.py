@@ -10,7 +10,7 @@ import pytest
 from formax.layers.resize import bicubic, check_pixels, cubic_matrix, grid_of, pair, stretch_positions
 
 # a map of 3 x 5 that is the same in no two places, and in no direction a straight line
-MAP = np.arange(1, 16, dtype=np.float32).reshape(3, 5, 1) ** 1.5
+MAP = jnp.arange(1, 16, dtype=jnp.float32).reshape(3, 5, 1) ** 1.5
 TORCH = {
     (4, 7): [
         [-0.115788, 0.759201, 2.360442, 3.944983, 5.687849, 8.210412, 9.955236],
@@ -37,7 +37,7 @@ def test_bicubic_is_torchs(size: tuple[int, int]) -> None:
 
 
 def test_leading_and_last_axes_are_carried_along() -> None:
-    maps = np.random.RandomState(0).standard_normal((2, 4, 3, 5, 6)).astype(np.float32)
+    maps = jnp.asarray(np.random.RandomState(0).standard_normal((2, 4, 3, 5, 6)), jnp.float32)
     found = np.asarray(bicubic(maps, 7, 4))
     assert found.shape == (2, 4, 7, 4, 6)
     np.testing.assert_allclose(found[1, 2, ..., 3], bicubic(maps[1, 2, ..., 3:4], 7, 4)[..., 0], atol=1e-6)
@@ -54,15 +54,15 @@ def test_a_constant_stays_constant(size: int, new: int) -> None:
 
 
 def test_low_precision_is_computed_in_float32() -> None:
-    found = bicubic(jnp.asarray(MAP, jnp.bfloat16), 4, 7)
+    found = bicubic(MAP.astype(jnp.bfloat16), 4, 7)
     assert found.dtype == jnp.bfloat16
-    whole = bicubic(jnp.asarray(MAP, jnp.bfloat16).astype(jnp.float32), 4, 7).astype(jnp.bfloat16)
+    whole = bicubic(MAP.astype(jnp.bfloat16).astype(jnp.float32), 4, 7).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(whole, np.float32))
 
 
 def test_positions_outside_the_grid_stay() -> None:
-    table = np.random.RandomState(0).standard_normal((2 + 3 * 5, 4)).astype(np.float32)
-    found = stretch_positions(jnp.asarray(table), (3, 5), (4, 7), first=2)
+    table = jnp.asarray(np.random.RandomState(0).standard_normal((2 + 3 * 5, 4)), jnp.float32)
+    found = stretch_positions(table, (3, 5), (4, 7), first=2)
     np.testing.assert_array_equal(found[:2], table[:2])
     np.testing.assert_array_equal(found[2:].reshape(4, 7, 4), bicubic(table[2:].reshape(3, 5, 4), 4, 7))
 

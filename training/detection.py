@@ -4,10 +4,11 @@ Queries and real objects are matched first (Carion et al. 2020, arXiv:2005.12872
 weighted sum of class probability, L1 distance and generalised IoU of the boxes. Then classes, boxes and masks of the
 pairs are compared, and queries without an object are to say so.
 
-The assignment is `optax.assignment.hungarian_algorithm`, which is in every optax that formax allows. The alternative is
-`scipy.optimize.linear_sum_assignment` in a callback, which is what the reference does: faster on a CPU for 100 queries
-and as many objects, but it stops the program of an accelerator in every step, runs on one host where the costs are
-sharded, and is nothing that StableHLO or a program cache can hold. Both find an assignment of the same least cost.
+The assignment is `optax.assignment.hungarian_algorithm`, which is in every optax that formax allows. The alternative,
+`scipy.optimize.linear_sum_assignment` in a callback, stops an accelerator in every step, needs all costs on one host,
+and cannot be exported. It is no slow one: for 8 images, 100 queries and 7 objects in 20 places it took 0.8 ms with an
+H200 and optax 1.9 ms; with 30 objects in 100 places, 16 images and 300 queries 8 and 9 ms; with 100 real objects 4 and
+47 ms. Both find an assignment of the same least cost (a test compares them).
 
 Objects of a batch are padded arrays, with `real` [B, N] True where an object is one:
 

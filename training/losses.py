@@ -75,3 +75,37 @@ def span(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: 
         return cross_entropy(logits, jnp.where((at >= 0) & (at < length), at, IGNORED))
 
     return (one(start_logits, start) + one(end_logits, end)) / 2
+
+
+def masked_pixels(
+    reconstruction: jax.Array, pixels: jax.Array, masked: jax.Array, patch: int | tuple[int, int]
+) -> jax.Array:
+    """Mean absolute difference of the pixels under masked patches (SimMIM, Xie et al. 2021, arXiv:2111.09886).
+
+    Args:
+        reconstruction: [B, C, height, width].
+        pixels: the images, of the same shape.
+        masked: [B, patches], true where a patch was hidden.
+        patch: height and width of a patch.
+
+    Returns:
+        A scalar; the reference adds 1e-5 to the number of masked pixels, so that nothing masked is no loss.
+    """
+    b, channels, height, width = pixels.shape
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    hidden = (masked != 0).reshape(b, height // rows, width // columns)
+    hidden = hidden.repeat(rows, 1).repeat(columns, 2)[:, None].astype(jnp.float32)
+    far = jnp.abs(pixels.astype(jnp.float32) - reconstruction.astype(jnp.float32))
+    return (far * hidden).sum() / (hidden.sum() + 1e-5) / channels
+
+
+def contrastive(logits: jax.Array) -> jax.Array:
+    """Finding each row's partner among the columns and each column's among the rows (CLIP): [B, B], partners diagonal.
+
+    Raises:
+        ValueError: there are not as many rows as columns.
+    """
+    if logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"pairs need as many of the one as of the other, the logits are {logits.shape}")
+    partners = jnp.arange(len(logits))
+    return (cross_entropy(logits, partners) + cross_entropy(logits.T, partners)) / 2

@@ -1,14 +1,21 @@
 """Losses of speech models: pure functions of outputs and labels, equal to what transformers trains with in PyTorch.
 
-Everything is computed in float32.
+Everything is computed in float32. The last four put them together for a head: `objective(output, config, batch)`, where
+the batch has inputs and labels under the reference's names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from formax.models.audio.wav2vec2 import frame_lengths
 from formax.training.losses import cross_entropy
+
+Batch = Mapping[str, Any]
 
 
 def ctc(
@@ -117,6 +124,35 @@ def am_softmax(cosines: jax.Array, labels: jax.Array, *, scale: float = 30.0, ma
     """
     own = jnp.arange(cosines.shape[-1]) == labels[:, None]
     return cross_entropy(scale * (cosines.astype(jnp.float32) - margin * own), labels)
+
+
+def ctc_objective(out: Any, c: Any, batch: Batch) -> jax.Array:
+    """`ctc` of the logits by the options of the configuration, where frames are counted from the padding mask."""
+    samples = batch["input_values"].shape
+    mask = batch.get("attention_mask")
+    count = jnp.full(samples[:1], samples[1]) if mask is None else (mask != 0).sum(-1)
+    lengths = frame_lengths(c, count, adapter=True)
+    options: dict[str, Any] = {"reduction": c.ctc_loss_reduction, "zero_infinity": c.ctc_zero_infinity}
+    return ctc(out.logits, batch["labels"], lengths, blank=c.pad_token_id, **options)
+
+
+def pretraining_objective(out: Any, c: Any, batch: Batch) -> jax.Array:
+    """`contrastive` of the masked frames, and `diversity` by its weight."""
+    masked, temperature = batch["mask_time_indices"], c.contrastive_logits_temperature
+    states, codes = out.projected_states, out.projected_quantized_states
+    found = contrastive(states, codes, batch["sampled_negative_indices"], masked, temperature=temperature)
+    count = c.num_codevector_groups * c.num_codevectors_per_group
+    return found + c.diversity_loss_weight * diversity(out.codevector_perplexity, count, masked)
+
+
+def frame_objective(out: Any, c: Any, batch: Batch) -> jax.Array:
+    """`frame_classification` of the logits."""
+    return frame_classification(out.logits, batch["labels"])
+
+
+def speaker_objective(out: Any, c: Any, batch: Batch) -> jax.Array:
+    """`am_softmax` of the cosines."""
+    return am_softmax(out.cosines, batch["labels"])
 
 
 def _cosine(x: jax.Array, y: jax.Array, eps: float = 1e-8) -> jax.Array:

@@ -428,7 +428,8 @@ def fold(
         name: scope of the taps inside, "layers" -> "layers.0.attn.weights".
 
     Returns:
-        `x` after the last layer, and the new caches in the form they came in.
+        `x` after the last layer, and what the blocks gave beside it (the new caches), a tuple or stacked as the layers
+        are; None if there is nothing.
 
     Raises:
         ValueError: another number of caches or data than of layers.
@@ -449,7 +450,7 @@ def fold(
                 layer_key = None if key is None else jax.random.fold_in(key, i)
                 x, new = step(p, x, None if cache is None else cache[i], layer_key, None if data is None else data[i])
             caches.append(new)
-        return x, None if cache is None else tuple(caches)
+        return x, tuple(caches) if jax.tree.leaves(caches) else None
 
     depth = len(jax.tree.leaves(layers)[0])
     if isinstance(data, tuple | list):
@@ -466,4 +467,4 @@ def fold(
         body = jax.checkpoint(scanned) if remat else scanned
         x, (new, seen) = jax.lax.scan(body, x, (jnp.arange(depth), layers, cache, data))
         tap.emit(seen, depth)
-    return x, None if cache is None else new
+    return x, new if jax.tree.leaves(new) else None

@@ -33,7 +33,7 @@ from formax.layers.spec_augment import span_mask
 EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # up to 1 / sqrt(fan_in)
-CODES = jax.nn.initializers.uniform(1.0)
+UNIT = jax.nn.initializers.uniform(1.0)  # 0 to 1
 constant = lru_cache(jax.nn.initializers.constant)
 
 
@@ -318,7 +318,7 @@ def model_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
         "position": position_spec(c),
     }
     if c.mask_time_prob > 0 or c.mask_feature_prob > 0:
-        first["masked"] = Param((e,), ("embed",), "masked_spec_embed", CODES)
+        first["masked"] = Param((e,), ("embed",), "masked_spec_embed", UNIT, optional=True)
     spec: dict[str, Spec] = {
         "embed": first,
         "layers": stack_of("encoder.layers", [block_spec(c)] * c.num_hidden_layers),
@@ -331,21 +331,23 @@ def hide(p: Any, c: Wav2Vec2Config, x: jax.Array, given: Any, real: Any, key: An
     """SpecAugment: given frames [B, T], or under a key random ones, become one vector, random features 0. [B, T, E]."""
     if not c.apply_spec_augment:
         return x
-    (rows, frames, size), keys = x.shape, split(key, 2)
+    rows, frames, size = x.shape
     if given is not None and given.shape != (rows, frames):
         raise ValueError(f"mask_time_indices must be [batch, frames] {(rows, frames)}, got shape {given.shape}")
-    if given is None and key is not None and c.mask_time_prob > 0:
+    zeroed = None
+    if key is not None:
+        k_time, k_feature = jax.random.split(key)
         lengths = None if real is None else real.sum(-1)
-        spans = c.mask_time_prob, c.mask_time_length
-        given = span_mask(keys[0], rows, frames, *spans, min_spans=c.mask_time_min_masks, lengths=lengths)
+        time, feature = (c.mask_time_prob, c.mask_time_length), (c.mask_feature_prob, c.mask_feature_length)
+        if given is None and c.mask_time_prob > 0:
+            given = span_mask(k_time, rows, frames, *time, min_spans=c.mask_time_min_masks, lengths=lengths)
+        if c.mask_feature_prob > 0:
+            zeroed = span_mask(k_feature, rows, size, *feature, min_spans=c.mask_feature_min_masks)
     if given is not None:
         if "masked" not in p:
             raise ValueError("masked frames have a vector only where mask_time_prob or mask_feature_prob is above 0")
         x = jnp.where(given[..., None] != 0, p["masked"].astype(x.dtype), x)
-    if key is not None and c.mask_feature_prob > 0:
-        spans = c.mask_feature_prob, c.mask_feature_length
-        x = jnp.where(span_mask(keys[1], rows, size, *spans, min_spans=c.mask_feature_min_masks)[:, None], 0, x)
-    return x
+    return x if zeroed is None else jnp.where(zeroed[:, None], 0, x)
 
 
 def encode(
@@ -381,9 +383,10 @@ def encode(
     mask, one = Mask(keys=real), stable_block if c.do_stable_layer_norm else block
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        y = one(p, c, x, mask, key)
-        if key is not None:  # a layer as a whole is left out now and then (Fan et al. 2019, arXiv:1909.11556)
-            y = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 2), c.layerdrop), x, y)
+        inner, skip = split(key, 2)
+        y = one(p, c, x, mask, inner)
+        if skip is not None:  # a layer as a whole is left out now and then (Fan et al. 2019, arXiv:1909.11556)
+            y = jnp.where(jax.random.bernoulli(skip, c.layerdrop), x, y)
         return y, x
 
     layers = p.get("layers", ())
@@ -424,7 +427,7 @@ def quantizer_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
     scores = linear_spec("weight_proj", c.conv_dim[-1], groups * count, ("conv_out", None), init=normal(1.0))
     return {
         "quantizer": At(
-            "quantizer", {"codes": Param(shape, (None,) * 3, "codevectors", CODES, layout), "scores": scores}
+            "quantizer", {"codes": Param(shape, (None,) * 3, "codevectors", UNIT, layout), "scores": scores}
         ),
         "state_head": linear_spec("project_hid", c.hidden_size, c.proj_codevector_dim, ("embed", None), init=UNIFORM),
         "code_head": linear_spec("project_q", c.codevector_dim, c.proj_codevector_dim, (None, None), init=UNIFORM),
@@ -480,7 +483,7 @@ def audio_classification(
     x = linear(p["projector"], x)
     shape = x.shape[:2]
     real = jnp.ones(shape, bool) if attention_mask is None else real_frames(c, attention_mask, shape[1])
-    return LogitsOutput(logits=linear(p["head"], jnp.mean(x, 1, where=real[..., None])))
+    return LogitsOutput(logits=linear(p["head"], _mean(x, real[..., None])))
 
 
 def frame_classification(p: Any, c: Wav2Vec2Config, input_values: Any = None, **inputs: Any) -> LogitsOutput:
@@ -516,7 +519,8 @@ def xvector(
         lost = sum(c.tdnn_kernel) - len(c.tdnn_kernel)
         count = jnp.minimum(count, frame_lengths(c, (attention_mask != 0).sum(-1), adapter=True) - lost)
     real = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
-    mean, var = jnp.mean(x, 1, where=real), jnp.var(x, 1, where=real, ddof=1)
+    mean = _mean(x, real)
+    var = _mean(jnp.square(x - mean[:, None]), real, lost=1)
     deviation = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), 0)  # a root of 0 has no gradient
     vectors = linear(p["pooled"], jnp.concatenate([mean, deviation], -1))
     y = linear(p["head"], vectors)
@@ -537,6 +541,11 @@ def language_leaves(spec: Spec) -> list[Entry]:
             "only models with adapter_attn_dim (and do_stable_layer_norm) have an adapter for each language"
         )
     return adapters + [entry for entry in entries if entry.path[0] == "head"]
+
+
+def _mean(x: jax.Array, real: jax.Array, lost: int = 0) -> jax.Array:
+    """Sum of the real frames over their number less `lost`, or over 1: [B, T, E] and [B, T, 1] -> [B, E]."""
+    return jnp.where(real, x, 0).sum(1) / jnp.maximum(real.sum(1) - lost, 1).astype(x.dtype)
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:

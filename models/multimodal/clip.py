@@ -1,9 +1,9 @@
-"""CLIP: a text tower and a vision tower trained so that an image and its caption end up close to each other.
+"""CLIP: a text tower and a vision tower, trained so that an image and its caption end up close to each other.
 
 Radford et al. 2021, arXiv:2103.00020; original code openai/CLIP. Both towers are pre-layer-norm encoders as in ViT. The
-text tower reads left to right, and the state of a text's last token stands for it; the vision tower normalises what goes
-into its layers, too. Each tower's vector is projected into the space that both share; similarities are cosines, scaled.
-A tower alone is a model type of its own, and its parameters are those of `params["text"]` or `params["vision"]` here.
+text tower reads left to right, and the state of a text's end stands for it; the vision tower normalises what goes into
+its layers, too. Each tower's vector is projected into the space that both share; similarities are cosines, scaled. A
+tower alone is a model type of its own; its parameters are `params["text"]` and `params["vision"]` here.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ class CLIPTextConfig(TowerConfig):
     max_position_embeddings: int = 77
     pad_token_id: int | None = 1
     bos_token_id: int | None = 49406
-    eos_token_id: int | None = 49407
+    eos_token_id: int = 49407
 
 
 @config
@@ -161,10 +161,10 @@ def layers(p: Any, c: TowerConfig, x: jax.Array, mask: Mask, key: Any) -> jax.Ar
     return fold(run, p.get("layers", ()), x, key=key)[0]
 
 
-def projection(name: str, c: TowerConfig, size: int) -> dict[str, Spec]:
+def projection(name: str, c: TowerConfig, size: int) -> Spec:
     """The map of a tower's vector into the common space."""
     init = normal(c.initializer_factor * c.hidden_size**-0.5)
-    return {"head": linear_spec(name, c.hidden_size, size, ("embed", None), init=init, bias=False)}
+    return linear_spec(name, c.hidden_size, size, ("embed", None), init=init, bias=False)
 
 
 # --- the text tower
@@ -194,8 +194,8 @@ def read(
 ) -> tuple[jax.Array, jax.Array]:
     """States of the tokens, and of the text's end: ids [B, T] -> ([B, T, E], [B, E]).
 
-    The end is the first `eos_token_id`, and the first token of a text without one. Configurations of the first time gave
-    a wrong one, 2: then it is the token with the largest number, which the right one is in the original vocabulary.
+    The end is the first `eos_token_id` (in a text without one, the first token). Old checkpoints have a number
+    that was never right, 2: there the end is the largest token, which it is in the original vocabulary.
     """
     if input_ids is None:
         raise ValueError("give input_ids [batch, length]")
@@ -300,8 +300,8 @@ def model_spec(c: CLIPConfig) -> dict[str, Spec]:
     """Both towers, each with its projection, and the scale of similarities (its logarithm)."""
     text, vision = c.text_config, c.vision_config
     return {
-        "text": text_spec(text) | projection("text_projection", text, c.projection_dim),
-        "vision": vision_spec(vision) | projection("visual_projection", vision, c.projection_dim),
+        "text": {**text_spec(text), "head": projection("text_projection", text, c.projection_dim)},
+        "vision": {**vision_spec(vision), "head": projection("visual_projection", vision, c.projection_dim)},
         "logit_scale": Param((), (), "logit_scale", constant(c.logit_scale_init_value)),
     }
 
@@ -337,19 +337,20 @@ def model(
     """Texts [T, length] and images [I, channels, height, width] -> similarities of each with each."""
     k_text, k_vision = split(key, 2)
     with tap.scope("text"):
-        text = text_model(p["text"], c.text_config, input_ids, attention_mask, position_ids, k_text)
+        text, end = read(p["text"], c.text_config, input_ids, attention_mask, position_ids, k_text)
+        text_embeds = unit(linear(p["text"]["head"], end))
     with tap.scope("vision"):
-        image = vision_model(p["vision"], c.vision_config, pixel_values, interpolate_pos_encoding, k_vision)
-    text_embeds = unit(linear(p["text"]["head"], text.pooler_output))
-    image_embeds = unit(linear(p["vision"]["head"], image.pooler_output))
+        image = see(p["vision"], c.vision_config, pixel_values, interpolate_pos_encoding, k_vision)
+        pooled = pool(p["vision"], c.vision_config, image)
+        image_embeds = unit(linear(p["vision"]["head"], pooled))
     logits = text_embeds @ image_embeds.T * jnp.exp(p["logit_scale"]).astype(text_embeds.dtype)
     return CLIPOutput(
         logits_per_image=logits.T,
         logits_per_text=logits,
         text_embeds=text_embeds,
         image_embeds=image_embeds,
-        text_model_output=text,
-        vision_model_output=image,
+        text_model_output=BaseModelOutput(last_hidden_state=text, pooler_output=end),
+        vision_model_output=BaseModelOutput(last_hidden_state=image, pooler_output=pooled),
     )
 
 
@@ -374,15 +375,20 @@ def classifier_spec(c: CLIPConfig) -> dict[str, Spec]:
     vision = c.vision_config
     init = normal(vision.initializer_factor * vision.hidden_size**-0.5)
     head = linear_spec("classifier", vision.hidden_size, c.num_labels, ("embed", None), init=init)
-    return vision_spec(vision) | ({"head": optional(head)} if c.num_labels else {})
+    return {**vision_spec(vision), "head": optional(head)}
 
 
 def image_classification(p: Any, c: CLIPConfig, pixel_values: Any = None, key: Any = None) -> LogitsOutput:
-    """A label for every image, from the mean of its patches: logits [B, labels] (without labels, the mean [B, E])."""
-    x = see(p, c.vision_config, pixel_values, key=key)[:, 1:].mean(1)
-    return LogitsOutput(logits=linear(p["head"], x) if "head" in p else x)
+    """A label for every image, from the mean of its patches: logits [B, labels]."""
+    x = see(p, c.vision_config, pixel_values, key=key)[:, 1:]
+    return LogitsOutput(logits=linear(p["head"], x.mean(1)))
 
 
+TRACES = {
+    f"{tower}_model_output.{name}": (f"output_{name}", tuple(f"{tower}.{place}" for place in places))
+    for tower in ("text", "vision")
+    for name, places in (("hidden_states", ("embed.out", "layers.*.out")), ("attentions", ("layers.*.attn.weights",)))
+}
 TEXT = Family(
     "clip_text_model",
     CLIPTextConfig,
@@ -393,7 +399,7 @@ TEXT = Family(
         Architecture(
             "CLIPTextModelWithProjection",
             "WithProjection",
-            lambda c: text_spec(c) | optional(projection("text_projection", c, c.projection_dim)),
+            lambda c: {**text_spec(c), "head": optional(projection("text_projection", c, c.projection_dim))},
             text_projection,
         ),
     ),
@@ -408,7 +414,7 @@ VISION = Family(
         Architecture(
             "CLIPVisionModelWithProjection",
             "WithProjection",
-            lambda c: vision_spec(c) | optional(projection("visual_projection", c, c.projection_dim)),
+            lambda c: {**vision_spec(c), "head": optional(projection("visual_projection", c, c.projection_dim))},
             vision_projection,
         ),
     ),
@@ -426,14 +432,7 @@ FAMILY = Family(
             model,
             also=("ForZeroShotImageClassification",),
             methods={"get_text_features": text_features, "get_image_features": image_features},
-            collected={
-                f"{tower}_model_output.{name}": (f"output_{name}", tuple(f"{tower}.{place}" for place in places))
-                for tower in ("text", "vision")
-                for name, places in (
-                    ("hidden_states", ("embed.out", "layers.*.out")),
-                    ("attentions", ("layers.*.attn.weights",)),
-                )
-            },
+            collected=TRACES,
         ),
         Architecture(
             "CLIPForImageClassification",

@@ -112,15 +112,15 @@ def post_norm(p: Any, x: jax.Array, part: Any, rate: float, key: Any) -> Any:
 
 
 def block(
-    p: Any, c: Any, x: Any, count: int, mask: Any, memory: Any, memory_mask: Any, cache: Any, key: Any, around: Any
+    p: Any, c: Any, part: str, x: Any, mask: Any, memory: Any, memory_mask: Any, cache: Any, key: Any, around: Any
 ) -> Any:
     """Attention to itself, to the memory if there is one, and a network, each in a residual connection `around` it.
 
-    [B, T, E] -> ([B, T, E], cache); `count` is the number of heads.
+    [B, T, E] -> ([B, T, E], cache).
     """
-    keys = split(key, 6)
+    keys = split(key, 7)
     cache = cache or {"attn": None, "cross": None}
-    shared = {"head_dim": c.d_model // count, "dropout": c.attention_dropout}
+    shared = {"head_dim": c.d_model // getattr(c, f"{part}_attention_heads"), "dropout": c.attention_dropout}
 
     def own(x: jax.Array) -> Any:
         return self_attention(p["attn"], x, mask=mask, cache=cache["attn"], key=keys[0], **shared)
@@ -131,37 +131,15 @@ def block(
     def think(x: jax.Array) -> Any:
         return mlp.dense(p["mlp"], x, c.activation_function, rate=c.activation_dropout, key=keys[2]), None
 
-    x, attn = around(p["attn_norm"], x, own, c.dropout, keys[3])
+    y, attn = around(p["attn_norm"], x, own, c.dropout, keys[3])
     cross = cache["cross"]
     if "cross" in p and (memory is not None or cross is not None):
-        x, cross = around(p["cross_norm"], x, other, c.dropout, keys[4])
-    return around(p["mlp_norm"], x, think, c.dropout, keys[5])[0], {"attn": attn, "cross": cross}
-
-
-def run_layers(
-    p: Any,
-    c: Any,
-    part: str,
-    x: jax.Array,
-    mask: Any,
-    memory: Any = None,
-    memory_mask: Any = None,
-    *,
-    cache: Any = None,
-    key: Any = None,
-    around: Any = post_norm,
-) -> Any:
-    """All layers of the encoder or the decoder, [B, T, E] -> ([B, T, E], cache); with a key some are passed over."""
-    count, rate = getattr(c, f"{part}_attention_heads"), getattr(c, f"{part}_layerdrop")
-
-    def run(p: Any, x: jax.Array, cache: Any, key: Any) -> Any:
-        k_block, k_drop = split(key, 2)
-        y, cache = block(p, c, x, count, mask, memory, memory_mask, cache, k_block, around)
-        if key is not None and rate > 0:  # LayerDrop, Fan et al. 2019, arXiv:1909.11556
-            y = jnp.where(jax.random.bernoulli(k_drop, rate), x, y)
-        return y, cache
-
-    return fold(run, p[part].get("layers", ()), x, cache=cache, key=key)
+        y, cross = around(p["cross_norm"], y, other, c.dropout, keys[4])
+    y, _ = around(p["mlp_norm"], y, think, c.dropout, keys[5])
+    rate = getattr(c, f"{part}_layerdrop")
+    if key is not None and rate > 0:  # Fan et al. 2019, arXiv:1909.11556: a layer is left out now and then
+        y = jnp.where(jax.random.bernoulli(keys[6], rate), x, y)
+    return y, {"attn": attn, "cross": cross}
 
 
 def part_spec(c: BartConfig, part: str) -> dict[str, Spec]:
@@ -187,7 +165,8 @@ def model_spec(c: BartConfig) -> dict[str, Spec]:
 
 def embeddings(p: Any, c: BartConfig, part: str, ids: Any, vectors: Any, offset: Any, key: Any) -> jax.Array:
     """Word and position vectors, added and normalised: [B, T] -> [B, T, E]. Vectors that are given are not scaled."""
-    embed.check_inputs(ids, vectors, c.max_position_embeddings, "" if part == "encoder" else "decoder_")
+    prefix = "decoder_" if part == "decoder" and "encoder" in p else ""
+    embed.check_inputs(ids, vectors, c.max_position_embeddings, prefix)
     own = p[part]["embed"]
     with tap.scope("embed"):
         scale = c.d_model**0.5 if c.scale_embedding else 1.0
@@ -203,7 +182,12 @@ def encode(
     k_embed, k_layers = split(key, 2)
     with tap.scope("encoder"):
         x = embeddings(p, c, "encoder", input_ids, inputs_embeds, 0, k_embed)
-        x, _ = run_layers(p, c, "encoder", x, from_attention_mask(attention_mask), key=k_layers)
+        mask = from_attention_mask(attention_mask)
+
+        def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
+            return block(p, c, "encoder", x, mask, None, None, cache, key, post_norm)
+
+        x, _ = fold(run, p["encoder"].get("layers", ()), x, key=k_layers)
     return BaseModelOutput(last_hidden_state=x)
 
 
@@ -225,7 +209,11 @@ def decode(
         x = embeddings(p, c, "decoder", input_ids, inputs_embeds, offset, k_embed)
         mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
         memory = encoder_hidden_states, from_attention_mask(encoder_attention_mask)
-        return run_layers(p, c, "decoder", x, mask, *memory, cache=cache, key=k_layers)
+
+        def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
+            return block(p, c, "decoder", x, mask, *memory, cache, key, post_norm)
+
+        return fold(run, p["decoder"].get("layers", ()), x, cache=cache, key=k_layers)
 
 
 def run_both(

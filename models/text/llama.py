@@ -157,6 +157,6 @@ FAMILY = Family(
     init_cache=init_cache,
     architectures=(
         Architecture("LlamaModel", "", model_spec, model),
-        *heads.decoder_heads("Llama", "model", model_spec, decode),
+        *heads.decoder_heads("Llama", "model", model_spec, decode, span="transformer"),
     ),
 )

@@ -73,14 +73,14 @@ class T5Config(Config):
 
     @property
     def is_gated(self) -> bool:
-        """Whether the feed-forward networks are gated."""
-        return self.feed_forward_proj.startswith("gated-")
+        """Whether the feed-forward networks are gated; where a file says so beside `feed_forward_proj`, it counts."""
+        return self.extra.get("is_gated_act", self.feed_forward_proj.startswith("gated-"))
 
     @property
     def activation(self) -> str:
         """The activation of the feed-forward networks; "gated-gelu" was trained with the tanh form."""
         plain = self.feed_forward_proj.removeprefix("gated-")
-        return "gelu_new" if self.feed_forward_proj == "gated-gelu" else plain
+        return self.extra.get("dense_act_fn", "gelu_new" if self.feed_forward_proj == "gated-gelu" else plain)
 
 
 def block_spec(c: T5Config, *, is_decoder: bool) -> dict[str, Spec]:

@@ -86,8 +86,8 @@ def block_spec(c: ViTConfig, layer: int) -> dict[str, Spec]:
 def block(p: Any, c: ViTConfig, x: jax.Array, key: Any) -> jax.Array:
     """Pre-norm: each part works on what was normalised, and adds to what was not. [B, T, E] -> [B, T, E]."""
     keys = split(key, 3)
-    own = {"mask": Mask(), "dropout": c.attention_probs_dropout_prob, "key": keys[0]}
-    h, _ = self_attention(p["attn"], norm.layer(p["attn_norm"], x, c.layer_norm_eps), c.head_dim, **own)
+    h = norm.layer(p["attn_norm"], x, c.layer_norm_eps)
+    h, _ = self_attention(p["attn"], h, c.head_dim, mask=Mask(), dropout=c.attention_probs_dropout_prob, key=keys[0])
     x = x + dropout(h, c.hidden_dropout_prob, keys[1])
     h = mlp.dense(p["mlp"], norm.layer(p["mlp_norm"], x, c.layer_norm_eps), c.hidden_act)
     return x + dropout(h, c.hidden_dropout_prob, keys[2])

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent / "goldens"
 # Arguments of the reference that are no inputs of a forward pass here: losses are functions of their own, and whether
 # there is a cache is said by passing one.
 LABELS = {"labels", "next_sentence_label", "start_positions", "end_positions", "mc_labels", "sampled_negative_indices"}
-SWITCHES = {"use_cache"}
+SWITCHES = {"use_cache", "return_loss"}
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -54,9 +54,11 @@ class Golden:
         """Arrays of the call; where the reference makes the decoder's ids of labels, these."""
         given = self._under("in.")
         inputs = {name: array for name, array in given.items() if name.partition(".")[0] not in LABELS}
-        if "encoder_outputs" in inputs:
-            inputs["encoder_outputs"] = inputs["encoder_outputs"][0]  # the reference takes a tuple
-        if self.architecture.task == "ForSeq2SeqLM" and "labels" in given and "decoder_input_ids" not in inputs:
+        if (
+            self.architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq")
+            and "labels" in given
+            and "decoder_input_ids" not in inputs
+        ):
             c = self.config
             start, pad = c.decoder_start_token_id, c.pad_token_id
             inputs["decoder_input_ids"] = np.asarray(shift_right(jnp.asarray(given["labels"]), start, pad))
@@ -64,8 +66,13 @@ class Golden:
 
     @property
     def hooks(self) -> ModuleType:
-        """The module of the family's cases, which may say what the battery must know (`KEPT`, `NOT_STEPWISE`)."""
+        """The module of the family's cases, which may say what the battery must know; `tests/oracle/README.md`."""
         return importlib.import_module(f"oracle.families.{self.family_name}")
+
+    @property
+    def given(self) -> Tensors:
+        """Arrays of the reference's call: inputs, and what its loss takes."""
+        return self._under("in.")
 
     @property
     def switches(self) -> dict[str, Any]:
@@ -75,7 +82,7 @@ class Golden:
     @property
     def outputs(self) -> Tensors:
         """What the reference answers; of a tuple, `hidden_states.0` and so on."""
-        return {name: array for name, array in self._under("out.").items() if name != "loss"}
+        return {name: array for name, array in self._under("out.").items() if not name.startswith("loss")}
 
     @property
     def saved_keys(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -28,12 +28,8 @@ def traced(golden: Golden, config: Any, dtype: Any, key: jax.Array | None = None
     return jax.make_jaxpr(lambda p: apply(p, config, **given, **taken), return_shape=True)(params)
 
 
-def unused(golden: Golden) -> set[str]:
-    """Parameters, by their keys in the tree, that no output of the golden's call depends on, nor would in training."""
-    return _unread(golden, None) & _unread(golden, jax.random.key(0))
-
-
-def _unread(golden: Golden, key: jax.Array | None) -> set[str]:
+def unread(golden: Golden, key: jax.Array | None) -> set[str]:
+    """Parameters, by their keys, that no output of the golden's call depends on (with a key: in training)."""
     closed, _ = traced(golden, golden.config, jnp.float32, key)
     jaxpr = closed.jaxpr
     live = {var for var in jaxpr.outvars if not isinstance(var, Literal)}

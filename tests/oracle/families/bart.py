@@ -598,5 +598,10 @@ BUGS = (
 # Losses of the next word whose labels are not shifted.
 UNSHIFTED = ("BartForCausalLM",)
 
+# A bias that is zero where a file lacks it, without a word.
+SILENT = (r"^final_logits_bias$",)
+# Tensors that are saved under another name than they were read from: (new, old), without the prefix.
+MOVED = {"shared.weight": "decoder.embed_tokens.weight"}
+
 # A key's bias adds the same to all scores of a query, and the softmax takes it away.
 INVISIBLE = (r"\.k_proj\.bias$",)

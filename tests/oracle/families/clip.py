@@ -408,6 +408,9 @@ BUGS = (
 INVISIBLE = (r"\.k_proj\.bias$",)
 # The classifier averages the patches' states before the tower's last norm, which it stores all the same.
 DEAD = {"CLIPForImageClassification": r"^norm\."}
-# What the shapes of the outputs depend on.
-KEPT = ("vision_config.image_size", "vision_config.patch_size", "vision_config.num_channels")
-KEPT += ("image_size", "patch_size", "num_channels")
+# What the shapes of the outputs depend on, in a tower alone and wherever the configuration of both holds it.
+KEPT = tuple(
+    part + name
+    for part in ("", "vision_config.", "vision_config_dict.")
+    for name in ("image_size", "patch_size", "num_channels")
+)

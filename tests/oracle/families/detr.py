@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.cases import Array, Tensors, change, change_input, configure, ending, ids, zero
+from oracle.cases import Array, Tensors, change, change_input, configure, ending, floats, ids, zero
 from oracle.families import Bug, Case
 
 BACKBONE: dict[str, Any] = {
@@ -198,6 +198,14 @@ INPUTS = (
         {"pixel_values": image("no_mask")["pixel_values"]},
         FOUND,
     ),
+    # The encoder has run already; what it read still says where padding is and how large the map is.
+    Case(
+        "encoder_outputs",
+        "DetrModel",
+        SIZES,
+        PADDED | {"encoder_outputs": floats("encoder_outputs", 1, 2, 30, 24)},
+        ("last_hidden_state",),
+    ),
     Case("traces", "DetrModel", SIZES, image("traces", rows=1), (*BARE, *TRACED), TRACES),
     Case(
         "auxiliary_traces",
@@ -235,15 +243,30 @@ CONFIGS = (
         SIZES
         | {
             "backbone_config": {k: v for k, v in BACKBONE.items() if k != "out_features"}
-            | {"layer_type": "bottleneck", "hidden_sizes": [8, 12], "downsample_in_bottleneck": True}
+            | {
+                "layer_type": "bottleneck",
+                "hidden_sizes": [8, 12],
+                "downsample_in_bottleneck": True,
+                "hidden_act": "silu",
+            }
         },
         PADDED,
         BARE,
     ),
+    # As timm's ResNets are, under other names: 64 channels in the stem, each stage four times as wide as its windows.
     Case(
         "segmentation_bottleneck",
         "DetrForSegmentation",
-        MASKS | {"backbone_config": FOUR | {"layer_type": "bottleneck", "hidden_act": "silu", "depths": [1, 2, 1, 1]}},
+        MASKS
+        | {
+            "backbone_config": FOUR
+            | {
+                "layer_type": "bottleneck",
+                "embedding_size": 64,
+                "hidden_sizes": [16, 24, 32, 40],
+                "depths": [1, 2, 1, 1],
+            }
+        },
         {"pixel_values": wide("segmentation_bottleneck", 1)["pixel_values"]},
         (*FOUND, "pred_masks"),
         buffers=MAPS,

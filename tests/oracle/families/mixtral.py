@@ -77,7 +77,7 @@ HEADS = (
         "MixtralForCausalLM",
         SIZES,
         {"input_ids": ids("router_ids_only", 1, T)},
-        ("aux_loss", "router_logits"),
+        ("logits", "aux_loss", "router_logits"),
         {"output_router_logits": True},
     ),
     # The label is read off the last token that is not padding; what is padding is said by the ids, not by the mask.

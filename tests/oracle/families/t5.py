@@ -268,7 +268,7 @@ CONFIG_2020: dict[str, Any] = {
     "task_specific_params": {"summarization": {"num_beams": 4, "prefix": "summarize: "}},
     "vocab_size": 61,
 }
-DEAD = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+DEAD_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 OLD_TEXT = text("old_names", 24) | answer("old_names", 1)
 
 CHECKPOINTS = (
@@ -285,7 +285,7 @@ CHECKPOINTS = (
             "encoder.embed_tokens.weight": "shared.weight",
             "lm_head.weight": "shared.weight",
         },
-        buffers={DEAD: floats("dead", 12, 5)},
+        buffers={DEAD_KEY: floats("dead", 12, 5)},
     ),
     # T5 1.1 on the hub: the same copies, and an output that is none.
     Case(
@@ -313,7 +313,7 @@ CHECKPOINTS = (
         text("base_of_generation", 24) | answer("base_of_generation", 1),
         ("last_hidden_state",),
         writer="T5ForConditionalGeneration",
-        buffers={DEAD: floats("dead", 12, 4)},
+        buffers={DEAD_KEY: floats("dead", 12, 4)},
     ),
 )
 

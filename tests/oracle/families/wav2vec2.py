@@ -60,9 +60,6 @@ KEPT = (
     "conv_dim",
     "conv_kernel",
     "conv_stride",
-    "tdnn_dim",
-    "tdnn_kernel",
-    "tdnn_dilation",
     "add_adapter",
     "adapter_kernel_size",
     "adapter_stride",
@@ -308,8 +305,19 @@ QUANTIZER_KEYS = (
 )
 
 CHECKPOINTS = (
-    # Magnitude and direction of the positional kernel under the names of PyTorch before 2.0, as on the hub.
-    Case("old_names", "Wav2Vec2ForCTC", CONFIG_2021, PADDED, ("logits",), literal_config=True, rename=WEIGHT_NORM),
+    # As on the hub: magnitude and direction of the positional kernel under the names of PyTorch before 2.0, and no
+    # vector for masked frames, though the configuration has them masked in training.
+    Case(
+        "old_names",
+        "Wav2Vec2ForCTC",
+        CONFIG_2021,
+        PADDED,
+        ("logits",),
+        literal_config=True,
+        rename=WEIGHT_NORM,
+        drop=("wav2vec2.masked_spec_embed",),
+        missing=("wav2vec2.masked_spec_embed",),
+    ),
     # Fine-tuning begins so: the quantizer stays behind, the head is new.
     Case(
         "head_on_pre_training",

@@ -534,4 +534,9 @@ BUGS = (
     ),
 )
 
+# Losses of the next word whose labels are not shifted.
+UNSHIFTED = ("WhisperForCausalLM",)
+# What the shape of the inputs depends on.
+KEPT = ("num_mel_bins", "max_source_positions", "use_weighted_layer_sum")
+
 INVISIBLE = ()

@@ -1,0 +1,329 @@
+"""Whisper: an encoder-decoder that hears a spectrogram of half a minute and writes what was said in it.
+
+Radford et al. 2022, arXiv:2212.04356; original code openai/whisper. BART's layers with the norms moved to the inputs, a
+norm after the last and no bias on keys. The encoder halves the frames by two convolutions, has sinusoids for positions
+(stored, not trained) and always hears the same number of frames; the decoder's word table is the output.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from formax.core import tap
+from formax.core.config import Config, ConfigError, config
+from formax.core.family import Architecture, Family
+from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
+from formax.core.rng import split
+from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
+from formax.layers import embed, heads, norm
+from formax.layers.activations import activation, check_activation
+from formax.layers.attention import Mask, from_attention_mask
+from formax.layers.conv import channels_last, conv, conv_spec
+from formax.layers.dropout import dropout
+from formax.layers.linear import linear, linear_spec
+from formax.layers.seq2seq import states_of
+from formax.layers.spec_augment import span_mask
+from formax.models.text.bart import ALONE, EPS, block, block_spec, init_cache
+
+
+@config
+class WhisperConfig(Config):
+    """`config.json` of model type "whisper"."""
+
+    model_type: ClassVar[str] = "whisper"
+    attribute_map: ClassVar = {
+        "hidden_size": "d_model",
+        "initializer_range": "init_std",
+        "num_attention_heads": "encoder_attention_heads",
+        "num_key_value_heads": "encoder_attention_heads",
+    }
+
+    vocab_size: int = 51865
+    num_mel_bins: int = 80
+    encoder_layers: int = 4
+    encoder_attention_heads: int = 6
+    decoder_layers: int = 4
+    decoder_attention_heads: int = 6
+    decoder_ffn_dim: int = 1536
+    encoder_ffn_dim: int = 1536
+    encoder_layerdrop: float = 0.0
+    decoder_layerdrop: float = 0.0
+    decoder_start_token_id: int | None = 50257
+    use_cache: bool = True
+    is_encoder_decoder: bool = True
+    activation_function: str = "gelu"
+    d_model: int = 384
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    init_std: float = 0.02
+    scale_embedding: bool = False  # no code has ever read it
+    max_source_positions: int = 1500
+    max_target_positions: int = 448
+    pad_token_id: int | None = 50256
+    bos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
+    suppress_tokens: tuple[int, ...] | None = None
+    begin_suppress_tokens: tuple[int, ...] | None = (220, 50256)
+    use_weighted_layer_sum: bool = False
+    classifier_proj_size: int = 256
+    apply_spec_augment: bool = False
+    mask_time_prob: float = 0.05
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+    median_filter_width: int = 7
+
+    def check(self) -> None:
+        for part in ("encoder", "decoder"):
+            count = getattr(self, f"{part}_attention_heads")
+            if count < 1 or self.d_model % count:
+                raise ConfigError(f"d_model={self.d_model} is no multiple of {part}_attention_heads={count}")
+        if self.d_model % 2 or self.d_model < 4:
+            raise ConfigError(f"d_model={self.d_model} must be even and at least 4, for sines and as many cosines")
+        check_activation(self.activation_function, "activation_function")
+
+
+def sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Sines, then cosines, of waves from 2 pi to 20000 pi long, at positions 0, 1, ...: [positions, size]."""
+    rows, size = shape
+    rates = jnp.exp(-math.log(10000) / (size // 2 - 1) * jnp.arange(size // 2))
+    angles = jnp.arange(rows)[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
+
+
+def pre_norm(p: Any, x: jax.Array, part: Any, rate: float, key: Any) -> Any:
+    """A part sees its input normalised, and adds to it: [B, T, E] -> ([B, T, E], cache)."""
+    h, cache = part(norm.layer(p, x, EPS))
+    return x + dropout(h, rate, key), cache
+
+
+def stack_spec(c: WhisperConfig, part: str, embeddings: Spec) -> Spec:
+    """Embeddings, layers and last norm of the encoder or the decoder."""
+    blocks = [block_spec(c, part, bias="qvo")] * getattr(c, f"{part}_layers")
+    last = norm.layer_spec("layer_norm", c.d_model)
+    return At(part, {"embed": embeddings, "layers": stack_of("layers", blocks), "norm": last})
+
+
+def encoder_spec(c: WhisperConfig) -> dict[str, Spec]:
+    """Convolutions, positions and layers."""
+    make = partial(conv_spec, d_out=c.d_model, window=(3,), init=normal(c.init_std))
+    table = Param((c.max_source_positions, c.d_model), (None, "embed"), "weight", sinusoids, buffer=True)
+    embeddings = {
+        "conv1": make("conv1", c.num_mel_bins),
+        "conv2": make("conv2", c.d_model),
+        "position": At("embed_positions", {"embedding": table}),
+    }
+    return {"encoder": stack_spec(c, "encoder", embeddings)}
+
+
+def decoder_spec(c: WhisperConfig) -> dict[str, Spec]:
+    """Words, positions and layers."""
+    table = partial(embed.embedding_spec, size=c.d_model, init=normal(c.init_std))
+    position = table("embed_positions", c.max_target_positions, axes=(None, "embed"))
+    return {
+        "embed": {"word": table("decoder.embed_tokens", c.vocab_size)},
+        "decoder": stack_spec(c, "decoder", {"position": position}),
+    }
+
+
+def model_spec(c: WhisperConfig) -> dict[str, Spec]:
+    """Encoder and decoder."""
+    return {**encoder_spec(c), **decoder_spec(c)}
+
+
+def hear(p: Any, c: WhisperConfig, features: Any, key: Any, *, every: bool = False) -> Any:
+    """The encoder: spectrogram [B, mels, frames] -> (states [B, S, E], those before each layer if `every`)."""
+    frames = 2 * c.max_source_positions
+    if features is None or features.ndim != 3 or features.shape[1:] != (c.num_mel_bins, frames):
+        shape = None if features is None else features.shape
+        raise ValueError(
+            f"input_features must be [batch, {c.num_mel_bins} mels, {frames} frames], got {shape}; pad them"
+        )
+    k_embed, k_layers = split(key, 2)
+    own, gelu = p["encoder"]["embed"], activation("gelu")
+    with tap.scope("encoder"):
+        with tap.scope("embed"):
+            x = channels_last(features).astype(own["conv1"]["kernel"].dtype)
+            x = gelu(conv(own["conv2"], gelu(conv(own["conv1"], x, padding=1)), stride=2, padding=1))
+            x = tap.tap("out", dropout(x + own["position"]["embedding"].astype(x.dtype), c.dropout, k_embed))
+
+        def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
+            return block(p, c, "encoder", x, Mask(), None, None, None, key, pre_norm)[0], x
+
+        layers = p["encoder"].get("layers", ())
+        kept = ((None,) * len(layers) if isinstance(layers, tuple) else {}) if every else None
+        x, before = fold(run, layers, x, cache=kept, key=k_layers)
+        return tap.tap("last", norm.layer(p["encoder"]["norm"], x, EPS)), before
+
+
+def augment(c: WhisperConfig, features: jax.Array, attention_mask: Any, key: Any) -> jax.Array:
+    """SpecAugment, under a key: spans of frames (of those that `attention_mask` [B, frames] has) and of mels are 0."""
+    if key is None or not c.apply_spec_augment:
+        return features
+    k_time, k_mel = split(key, 2)
+    rows, mels, frames = features.shape
+    if c.mask_time_prob > 0:
+        real = None if attention_mask is None else attention_mask.sum(-1)
+        spans = {"min_spans": c.mask_time_min_masks, "lengths": real}
+        hidden = span_mask(k_time, rows, frames, c.mask_time_prob, c.mask_time_length, **spans)
+        features = jnp.where(hidden[:, None], 0, features)
+    if c.mask_feature_prob > 0:
+        spans = {"min_spans": c.mask_feature_min_masks}
+        hidden = span_mask(k_mel, rows, mels, c.mask_feature_prob, c.mask_feature_length, **spans)
+        features = jnp.where(hidden[:, :, None], 0, features)
+    return features
+
+
+def encode(
+    p: Any, c: WhisperConfig, input_features: Any = None, attention_mask: Any = None, key: Any = None
+) -> BaseModelOutput:
+    """The encoder's states of a spectrogram: [B, mels, frames] -> [B, S, E]; all frames are heard, also padding."""
+    k_augment, k_hear = split(key, 2)
+    features = augment(c, input_features, attention_mask, k_augment)
+    return BaseModelOutput(last_hidden_state=hear(p, c, features, k_hear)[0])
+
+
+def decode(
+    p: Any,
+    c: WhisperConfig,
+    input_ids: Any = None,
+    attention_mask: Any = None,
+    encoder_outputs: Any = None,
+    inputs_embeds: Any = None,
+    position_ids: Any = None,
+    cache: Any = None,
+    key: Any = None,
+) -> Any:
+    """The decoder: ids [B, T] and an encoder's states [B, S, E], if there are any -> (states [B, T, E], cache)."""
+    embed.check_inputs(input_ids, inputs_embeds, c.max_target_positions, "decoder_" if "encoder" in p else "")
+    k_embed, k_layers = split(key, 2)
+    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
+    memory = None if encoder_outputs is None else states_of(encoder_outputs)
+    mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
+
+    def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
+        return block(p, c, "decoder", x, mask, memory, Mask(), cache, key, pre_norm)
+
+    with tap.scope("decoder"):
+        with tap.scope("embed"):
+            x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
+            positions = offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
+            x = x + embed.embed(p["decoder"]["embed"]["position"], positions)
+            x = tap.tap("out", dropout(x, c.dropout, k_embed))
+        x, cache = fold(run, p["decoder"].get("layers", ()), x, cache=cache, key=k_layers)
+        return tap.tap("last", norm.layer(p["decoder"]["norm"], x, EPS)), cache
+
+
+def run_both(
+    p: Any,
+    c: WhisperConfig,
+    input_features: Any = None,
+    attention_mask: Any = None,
+    decoder_input_ids: Any = None,
+    decoder_attention_mask: Any = None,
+    encoder_outputs: Any = None,
+    decoder_inputs_embeds: Any = None,
+    decoder_position_ids: Any = None,
+    cache: Any = None,
+    key: Any = None,
+) -> Seq2SeqOutput:
+    """Encoder and decoder: spectrogram [B, mels, frames] and ids [B, T] -> the decoder's states [B, T, E].
+
+    In the place of `input_features` the encoder's states [B, S, E] may be given, or a cache that has seen them.
+    """
+    k_encoder, k_decoder = split(key, 2)
+    memory = None
+    if encoder_outputs is not None:
+        memory = states_of(encoder_outputs)
+    elif input_features is not None or cache is None:
+        memory = encode(p, c, input_features, attention_mask, k_encoder).last_hidden_state
+    own = decoder_inputs_embeds, decoder_position_ids
+    x, cache = decode(p, c, decoder_input_ids, decoder_attention_mask, memory, *own, cache, k_decoder)
+    return Seq2SeqOutput(last_hidden_state=x, cache=cache, encoder_last_hidden_state=memory)
+
+
+def conditional_generation(p: Any, c: WhisperConfig, input_features: Any = None, **inputs: Any) -> Seq2SeqLogitsOutput:
+    """Scores of the decoder's next words [B, T, V]."""
+    out = run_both(p, c, input_features, **inputs)
+    memory = out.encoder_last_hidden_state
+    logits = heads.lm_logits(p, out.last_hidden_state)
+    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=memory)
+
+
+def audio_classification(
+    p: Any, c: WhisperConfig, input_features: Any = None, encoder_outputs: Any = None, key: Any = None
+) -> LogitsOutput:
+    """A label for every recording [B, labels], from the mean of the encoder's states, or of all layers' weighted."""
+    if encoder_outputs is not None:
+        if c.use_weighted_layer_sum:
+            raise ValueError("use_weighted_layer_sum=True needs the states of all layers: give input_features")
+        x = states_of(encoder_outputs)
+    else:
+        x, before = hear(p, c, input_features, key, every=c.use_weighted_layer_sum)
+        if c.use_weighted_layer_sum:
+            weights = jax.nn.softmax(p["layer_weights"]).astype(x.dtype)
+            x = jnp.tensordot(weights, jnp.stack([*before, x]), 1)
+    return LogitsOutput(logits=linear(p["head"], linear(p["projector"], x).mean(1)))
+
+
+def classifier_spec(c: WhisperConfig) -> dict[str, Spec]:
+    """The encoder and what is made of its states."""
+    make, size = partial(linear_spec, axes=("embed", None), init=normal(c.init_std)), c.classifier_proj_size
+    count = c.encoder_layers + 1
+    even = jax.nn.initializers.constant(1 / count)
+    own: dict[str, Spec] = {"layer_weights": Param((count,), (None,), "layer_weights", even)}
+    ends: dict[str, Spec] = own if c.use_weighted_layer_sum else {}
+    ends |= {"projector": make("projector", c.d_model, size), "head": make("classifier", size, c.num_labels)}
+    # the encoder of a whole model has none of these
+    return {**encoder_spec(c), **{key: optional(part) for key, part in ends.items()}}
+
+
+_words = heads.lm_head("proj_out")
+_seq2seq = partial(Architecture, methods={"encode": encode})
+
+FAMILY = Family(
+    "whisper",
+    WhisperConfig,
+    base="model",
+    inputs=run_both,
+    init_cache=init_cache,
+    architectures=(
+        _seq2seq("WhisperModel", "", model_spec, run_both),
+        _seq2seq(
+            "WhisperForConditionalGeneration",
+            "ForSpeechSeq2Seq",
+            heads.with_heads("model", model_spec, _words),
+            conditional_generation,
+            also=("ForPreTraining",),
+        ),
+        Architecture(
+            "WhisperForAudioClassification",
+            "ForAudioClassification",
+            classifier_spec,
+            audio_classification,
+            inputs=audio_classification,
+            collected={
+                "hidden_states": (
+                    "output_hidden_states",
+                    ("encoder.embed.out", "encoder.layers.*.out", "encoder.last"),
+                ),
+                "attentions": ("output_attentions", ("encoder.layers.*.attn.weights",)),
+            },
+        ),
+        Architecture(
+            "WhisperForCausalLM",
+            "ForCausalLM",
+            heads.with_heads("model", decoder_spec, _words),
+            heads.causal_lm(decode),
+            inputs=decode,
+            collected=ALONE,
+        ),
+    ),
+)
