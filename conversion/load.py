@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,7 @@ def load_params(
     checkpoint: Checkpoint,
     spec: Spec,
     *,
-    base: str = "",
+    bases: tuple[str, ...] = (),
     siblings: Callable[[], set[str]] = set,
     dtype: Any = None,
     shardings: Tree | None = None,
@@ -77,7 +77,7 @@ def load_params(
     Args:
         checkpoint: an open checkpoint.
         spec: the declaration.
-        base: prefix of the bare model's tensors; a file may have it where the spec does not, and the other way round.
+        bases: prefixes of the bare model's tensors; a file may have one where the spec has another, or none.
         siblings: names that other architectures of the family would read; such tensors are left out without complaint.
         dtype: floating-point dtype of the leaves; None keeps what is on disk (but float64, unless JAX has it enabled).
         shardings: a tree of shardings; every device reads its own slices alone.
@@ -91,7 +91,7 @@ def load_params(
     """
     dtype = None if dtype is None else floating(dtype)
     table = specs.table(spec)
-    plan = make_plan(checkpoint, table, base, siblings, strict, ignore_mismatched_sizes)
+    plan = make_plan(checkpoint, table, bases, siblings, strict, ignore_mismatched_sizes)
     places = {} if shardings is None else specs.flatten(shardings)
 
     def read(item: tuple[Entry, str]) -> tuple[specs.Path, jax.Array]:
@@ -131,22 +131,28 @@ def floating(dtype: Any) -> np.dtype:
 def make_plan(
     checkpoint: Checkpoint,
     table: specs.Table,
-    base: str,
+    bases: tuple[str, ...],
     siblings: Callable[[], set[str]],
     strict: bool,
     ignore_mismatched: bool,
 ) -> Plan:
     """Decides for every leaf where it comes from, and refuses what does not fit; arguments as in `load_params`."""
-    rename = _base_renaming(checkpoint, table, base)
+    base, held = _base_of([entry.name for entry in table.entries], bases), _base_of(checkpoint, bases)
+
+    def rename(name: str) -> str:
+        """The spec's name -> the file's name: another prefix of the bare model, or none."""
+        if base == held or not (base == "" or name.startswith(base)):
+            return name
+        return held + name.removeprefix(base)
+
     found: dict[Entry, str] = {}
     missing: list[Entry] = []
     fresh: list[Entry] = []
     mismatched: list[str] = []
-    headed = bool(base) and any(entry.name.startswith(f"{base}.") for entry in table.entries)
     for entry in table.entries:
         name = _find(checkpoint, entry, table, rename)
         if name is None:
-            is_head = headed and not entry.name.startswith(f"{base}.")
+            is_head = base != "" and not entry.name.startswith(base)
             (fresh if is_head or entry.param.optional else missing).append(entry)
         elif _has_misfit(checkpoint, entry, name, ignore_mismatched):
             mismatched.append(entry.key)
@@ -160,11 +166,8 @@ def make_plan(
     # A file without most of the model is another model, or the configuration is absurd: no head explains the rest.
     if rest and len(missing) <= len(found):
         others = siblings()
-        others |= (
-            {f"{base}.{name}" for name in others} | {name.removeprefix(f"{base}.") for name in others}
-            if base
-            else set()
-        )
+        plain = {name.removeprefix(f"{one}.") for one in bases for name in others}
+        others |= plain | {f"{one}.{name}" for one in bases for name in plain}
         left_out = [name for name in rest if name in others]
         rest = [name for name in rest if name not in others]
     if missing or (rest and strict):
@@ -175,16 +178,10 @@ def make_plan(
     return Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))
 
 
-def _base_renaming(checkpoint: Checkpoint, table: specs.Table, base: str) -> Callable[[str], str]:
-    """The spec's name -> the file's name: the bare model's prefix is taken off or put on as the file has it."""
-    prefix = f"{base}."
-    wants = any(entry.name.startswith(prefix) for entry in table.entries)
-    has = any(name.startswith(prefix) for name in checkpoint)
-    if not base or wants == has:
-        return lambda name: name
-    if wants:
-        return lambda name: name.removeprefix(prefix)
-    return lambda name: prefix + name
+def _base_of(names: Iterable[str], bases: Sequence[str]) -> str:
+    """The prefix, with its dot, under which these names hold the bare model; "" if they hold it without one."""
+    held = list(names)
+    return next((f"{base}." for base in bases if any(name.startswith(f"{base}.") for name in held)), "")
 
 
 def _find(checkpoint: Checkpoint, entry: Entry, table: specs.Table, rename: Callable[[str], str]) -> str | None:

@@ -169,13 +169,16 @@ def decoder_heads(
     labels, spans = with_heads(base, spec, linear_head(token)), linear_head("qa_outputs", 2)
     return (
         Architecture(name + lm, "ForCausalLM", words, causal_lm(encode), also=("ForPreTraining",)),
-        *(
-            Architecture(name + task, task, made, head(encode))
-            for task, made, head in (
-                ("ForSequenceClassification", text, last_token_classification),
-                ("ForTokenClassification", labels, token_classification),
-                ("ForQuestionAnswering", with_heads(span or base, spec, spans), question_answering),
-            )
+        Architecture(
+            name + "ForSequenceClassification", "ForSequenceClassification", text, last_token_classification(encode)
+        ),
+        Architecture(name + "ForTokenClassification", "ForTokenClassification", labels, token_classification(encode)),
+        Architecture(
+            name + "ForQuestionAnswering",
+            "ForQuestionAnswering",
+            with_heads(span or base, spec, spans),
+            question_answering(encode),
+            base=span or base,
         ),
     )
 

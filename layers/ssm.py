@@ -35,6 +35,28 @@ class MambaCache:
         return MambaCache(conv, state, jnp.zeros((), jnp.int32))
 
 
+def tokens_seen(mask: jax.Array | None, x: jax.Array, offset: Any) -> jax.Array | None:
+    """A padding mask for the positions at hand, [B, T, 1] in the dtype of `x` [B, T, E].
+
+    Args:
+        mask: [B, T], or [B, S] from the first position on; what lies beyond it is no padding.
+        x: states of the positions.
+        offset: how many positions there were before.
+
+    Raises:
+        ValueError: another number of dimensions, or fewer columns than positions.
+    """
+    if mask is None:
+        return None
+    length = x.shape[1]
+    if mask.ndim != 2 or mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be [batch, length], for {x.shape[:2]} at least, got {mask.shape}")
+    if mask.shape[1] > length:
+        mask = jnp.pad(mask, ((0, 0), (0, length)), constant_values=1)
+        mask = jax.lax.dynamic_slice_in_dim(mask, offset, length, axis=1)
+    return (mask != 0).astype(x.dtype)[..., None]
+
+
 def causal_conv(p: dict[str, Any], x: jax.Array, before: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Every channel's convolution with its own kernel [W, 1, C]: [B, T, C] -> ([B, T, C], the last W - 1 inputs).
 

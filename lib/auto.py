@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 
 from formax import hub
-from formax.conversion.checkpoint import open_checkpoint
-from formax.conversion.load import LoadReport, load_params
 from formax.core import registry
-from formax.core import spec as specs
-from formax.core.config import Config, ConfigError
-from formax.core.family import Architecture, Family
-from formax.core.spec import Spec
+from formax.core.config import Config
+from formax.core.family import Family
+from formax.loading import as_config, choose, load, read_config, spec_of
 from formax.model import Model
 from formax.sharding import DEFAULT_RULES, Rules, shardings
 
-log = logging.getLogger("formax")
 
-# A parameter of more elements than this is a mistake in the configuration: it takes terabytes.
-MAX_ELEMENTS = 2**40
+def register(family: Family) -> None:
+    """Makes a family of your own known: its checkpoints open through all Auto classes from then on.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ConfigError: no such file, unreadable, not UTF-8, not JSON, or not an object; the message names the file.
+    A family of the same model type is replaced. See "A family of your own" in the documentation.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path.parent} holds no {path.name}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and brackets without end
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a JSON object, it holds a {type(values).__name__}")
-    return values
+    registry.register(family)
 
 
 class AutoConfig:
@@ -78,6 +54,8 @@ class AutoConfig:
         )
         return read_config(folder, **overrides)
 
+    register = staticmethod(register)
+
     @classmethod
     def for_model(cls, model_type: str, **overrides: Any) -> Config:
         """The default configuration of a model type, with fields replaced by `overrides`.
@@ -87,176 +65,11 @@ class AutoConfig:
             UnknownModelTypeError: a family formax does not have.
         """
         plain = registry.family(model_type).model_type
-        return _config({"model_type": plain}, f"AutoConfig.for_model({model_type!r})", overrides)
-
-
-def read_config(folder: Path, **overrides: Any) -> Config:
-    """The configuration in `folder`; see `AutoConfig.from_pretrained`."""
-    return _config(read_json(folder / "config.json"), str(folder / "config.json"), overrides)
-
-
-def _config(values: Mapping[str, Any], source: str, overrides: Mapping[str, Any]) -> Config:
-    """The configuration made of a JSON object, in which any key may stand, and of overrides, which must be fields."""
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str):
-        raise ConfigError(f'{source} has no model_type; it must say which family this is, e.g. "bert"')
-    try:
-        cls = registry.family(model_type).config
-    except registry.UnknownModelTypeError as error:
-        raise registry.UnknownModelTypeError(f"{source}: {error}") from None
-    fields = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels", "torch_dtype", "rope_theta", "rope_scaling")
-    for name in overrides:
-        if name not in values and name not in fields:
-            near = difflib.get_close_matches(name, fields, n=3)
-            hint = f"; the nearest are {', '.join(near)}" if near else ""
-            raise ConfigError(f"{cls.__name__} has no field {name!r}{hint}")
-    return cls.from_dict(values, source=source, **overrides)
-
-
-def load(
-    path_or_repo: str | Path,
-    task: str | None,
-    *,
-    config: Config | Mapping[str, Any] | None = None,
-    dtype: Any = None,
-    torch_dtype: Any = None,
-    mesh: Any = None,
-    rules: Rules = DEFAULT_RULES,
-    key: jax.Array | None = None,
-    strict: bool = True,
-    ignore_mismatched_sizes: bool = False,
-    output_loading_info: bool = False,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    **overrides: Any,
-) -> Any:
-    """`from_pretrained` of all Auto classes.
-
-    Args:
-        path_or_repo: a checkpoint folder, or a hub repository id.
-        task: the Auto class's suffix; None takes the head from config.json.
-        config: a configuration to use instead of the checkpoint's own.
-        dtype: floating-point dtype of the parameters; None or "auto" keeps what is on disk.
-        torch_dtype: what transformers called `dtype` before.
-        mesh: a device mesh; every device then reads its own slices alone.
-        rules: logical axis -> mesh axis, see `formax.sharding`.
-        key: random key for parameters that the checkpoint does not hold (a new head).
-        strict: raise on tensors that nothing explains.
-        ignore_mismatched_sizes: initialise parameters of another shape instead of raising.
-        output_loading_info: also return the `LoadReport`.
-        revision: branch, tag or commit on the hub.
-        cache_dir: the hub's cache folder.
-        local_files_only: never ask the hub.
-        token: hub access token.
-        **overrides: configuration fields to replace, such as `num_labels=5`.
-
-    Returns:
-        A `Model`, or (Model, LoadReport).
-
-    Raises:
-        ConfigError, UnknownModelTypeError, CheckpointError, HubError: each names the file and key.
-    """
-    if dtype is None:
-        dtype = torch_dtype
-    folder = hub.checkpoint(
-        path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-    )
-    if config is None:
-        config = read_config(folder, **overrides)
-    elif isinstance(config, Config):
-        config = config.replace(**overrides) if overrides else config
-    else:
-        config = _config(config, "config", overrides)
-    family = registry.family(config.model_type)
-    architecture = choose(family, config, task)
-    spec = _spec(architecture, config)
-    with open_checkpoint(folder) as checkpoint:
-        params, report = load_params(
-            checkpoint,
-            spec,
-            base=family.base,
-            siblings=lambda: family.known_names(config),
-            dtype=None if dtype == "auto" else dtype,
-            shardings=None if mesh is None else shardings(spec, mesh, rules),
-            strict=strict,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            key=key,
-        )
-    _say(architecture, folder, report)
-    model = Model(params, config, architecture, family)
-    return (model, report) if output_loading_info else model
-
-
-def _spec(architecture: Architecture, config: Config) -> Spec:
-    """The parameters of an architecture.
-
-    Raises:
-        ConfigError: sizes each of which is possible make a parameter that is not.
-    """
-    spec = architecture.spec(config)
-    for entry in specs.table(spec).entries:
-        if math.prod(entry.param.shape) > MAX_ELEMENTS:
-            raise ConfigError(
-                f"{architecture.name} of this configuration is larger than any memory: {entry.key} would have the "
-                f"shape {entry.param.shape}"
-            )
-    return spec
-
-
-def choose(family: Family, config: Config, task: str | None) -> Architecture:
-    """The family's architecture for a task; for None, the one that the configuration names (else the bare model).
-
-    Raises:
-        ConfigError: the family has no such head.
-    """
-    if task is not None:
-        found = family.for_task(task)
-        if found is None:
-            tasks = ", ".join(f"AutoModel{arch.task}" for arch in family.architectures)
-            raise ConfigError(f"{family.model_type} has no head for AutoModel{task}; it has {tasks}")
-        return found
-    for name in config.architectures or ():
-        if (found := family.find(name)) is not None:
-            return found
-    if config.architectures:
-        names = ", ".join(arch.name for arch in family.architectures)
-        raise ConfigError(
-            f"architectures in config.json names {config.architectures[0]!r}, which is none of {family.model_type}'s: "
-            f"{names}; an Auto class such as AutoModel opens the checkpoint as one of them"
-        )
-    return family.architectures[0]
-
-
-def _say(architecture: Architecture, folder: Path, report: LoadReport) -> None:
-    """Tells what was not simply read, as log records of the logger "formax"."""
-    if report.initialised:
-        log.warning(
-            "%s: %s is not in %s and was initialised; train it before use",
-            architecture.name,
-            _some(report.initialised),
-            folder,
-        )
-    if report.mismatched:
-        log.warning(
-            "%s: %s has another shape in %s and was initialised", architecture.name, _some(report.mismatched), folder
-        )
-    if report.left_out:
-        log.info(
-            "%s: %s in %s is not part of this architecture and was left out",
-            architecture.name,
-            _some(report.left_out),
-            folder,
-        )
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        return as_config({"model_type": plain}, f"AutoConfig.for_model({model_type!r})", overrides)
 
 
 def from_pretrained(path_or_repo: str | Path, **options: Any) -> Any:
-    """Opens a checkpoint with the head that its config.json names; the options are those of `formax.auto.load`."""
+    """Opens a checkpoint with the head that its config.json names; the options are those of `formax.loading.load`."""
     return load(path_or_repo, None, **options)
 
 
@@ -267,7 +80,7 @@ class AutoModel:
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, **options: Any) -> Any:
-        """Opens a checkpoint folder or hub repository; the options are those of `formax.auto.load`."""
+        """Opens a checkpoint folder or hub repository; the options are those of `formax.loading.load`."""
         return load(path_or_repo, cls.task, **options)
 
     @classmethod
@@ -283,11 +96,12 @@ class AutoModel:
             mesh: a device mesh; every device then makes its own part alone.
             rules: logical axis -> mesh axis.
         """
-        family = registry.family(config.model_type)
-        architecture = choose(family, config, cls.task)
-        spec = _spec(architecture, config)
+        architecture, family, config = choose(registry.family(config.model_type), config, cls.task)
+        spec = spec_of(architecture, config)
         places = None if mesh is None else shardings(spec, mesh, rules)
         return Model.initialise(config, architecture, family, key, dtype, places)
+
+    register = staticmethod(register)
 
 
 class AutoModelForPreTraining(AutoModel):
@@ -306,6 +120,12 @@ class AutoModelForCausalLM(AutoModel):
     """The next word."""
 
     task = "ForCausalLM"
+
+
+class AutoModelForSeq2SeqLM(AutoModel):
+    """A text out of a text."""
+
+    task = "ForSeq2SeqLM"
 
 
 class AutoModelForNextSentencePrediction(AutoModel):
@@ -336,3 +156,169 @@ class AutoModelForQuestionAnswering(AutoModel):
     """The span of the text that answers a question."""
 
     task = "ForQuestionAnswering"
+
+
+class AutoModelForTableQuestionAnswering(AutoModel):
+    """The cells of a table that answer a question."""
+
+    task = "ForTableQuestionAnswering"
+
+
+class AutoModelForTextEncoding(AutoModel):
+    """States of a text, by the encoder alone."""
+
+    task = "ForTextEncoding"
+
+
+class AutoModelForImageClassification(AutoModel):
+    """A label for an image."""
+
+    task = "ForImageClassification"
+
+
+class AutoModelForMaskedImageModeling(AutoModel):
+    """The pixels under masked patches."""
+
+    task = "ForMaskedImageModeling"
+
+
+class AutoModelForImageSegmentation(AutoModel):
+    """A mask for every object or region of an image."""
+
+    task = "ForImageSegmentation"
+
+
+class AutoModelForSemanticSegmentation(AutoModel):
+    """A class for every pixel."""
+
+    task = "ForSemanticSegmentation"
+
+
+class AutoModelForInstanceSegmentation(AutoModel):
+    """A mask for every object."""
+
+    task = "ForInstanceSegmentation"
+
+
+class AutoModelForUniversalSegmentation(AutoModel):
+    """Masks for regions of any kind."""
+
+    task = "ForUniversalSegmentation"
+
+
+class AutoModelForObjectDetection(AutoModel):
+    """Classes and boxes of the objects in an image."""
+
+    task = "ForObjectDetection"
+
+
+class AutoModelForZeroShotObjectDetection(AutoModel):
+    """Boxes of objects that are named in words."""
+
+    task = "ForZeroShotObjectDetection"
+
+
+class AutoModelForZeroShotImageClassification(AutoModel):
+    """Which of several texts fits an image."""
+
+    task = "ForZeroShotImageClassification"
+
+
+class AutoModelForMaskGeneration(AutoModel):
+    """The mask of what a point or a box means."""
+
+    task = "ForMaskGeneration"
+
+
+class AutoModelForDepthEstimation(AutoModel):
+    """The distance of every pixel."""
+
+    task = "ForDepthEstimation"
+
+
+class AutoModelForImageToImage(AutoModel):
+    """An image out of an image."""
+
+    task = "ForImageToImage"
+
+
+class AutoModelForVideoClassification(AutoModel):
+    """A label for a video."""
+
+    task = "ForVideoClassification"
+
+
+class AutoModelForAudioClassification(AutoModel):
+    """A label for a recording."""
+
+    task = "ForAudioClassification"
+
+
+class AutoModelForAudioFrameClassification(AutoModel):
+    """A label for every frame of a recording."""
+
+    task = "ForAudioFrameClassification"
+
+
+class AutoModelForAudioXVector(AutoModel):
+    """A vector that tells speakers apart."""
+
+    task = "ForAudioXVector"
+
+
+class AutoModelForCTC(AutoModel):
+    """Letters for the frames of a recording."""
+
+    task = "ForCTC"
+
+
+class AutoModelForSpeechSeq2Seq(AutoModel):
+    """A text out of a recording."""
+
+    task = "ForSpeechSeq2Seq"
+
+
+class AutoModelForTextToSpectrogram(AutoModel):
+    """A spectrogram out of a text."""
+
+    task = "ForTextToSpectrogram"
+
+
+class AutoModelForTextToWaveform(AutoModel):
+    """A recording out of a text."""
+
+    task = "ForTextToWaveform"
+
+
+class AutoModelForDocumentQuestionAnswering(AutoModel):
+    """The span of a document, seen as text and layout, that answers a question."""
+
+    task = "ForDocumentQuestionAnswering"
+
+
+class AutoModelForVisualQuestionAnswering(AutoModel):
+    """The answer to a question about an image."""
+
+    task = "ForVisualQuestionAnswering"
+
+
+class AutoModelForVision2Seq(AutoModel):
+    """A text out of an image."""
+
+    task = "ForVision2Seq"
+
+
+class AutoModelForImageTextToText(AutoModel):
+    """A text out of images and a text."""
+
+    task = "ForImageTextToText"
+
+
+class AutoBackbone(AutoModel):
+    """Feature maps of an image, for models that build on them.
+
+    Which ones is said by `out_features` (names of stages) or `out_indices`, as overrides of the configuration:
+    `AutoBackbone.from_pretrained(path, out_features=["stage2", "stage4"])`.
+    """
+
+    task = "Backbone"

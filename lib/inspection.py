@@ -8,11 +8,11 @@ from typing import Any
 import jax
 
 from formax import hub
-from formax.auto import choose, read_config
 from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import make_plan
 from formax.core import registry
 from formax.core import spec as specs
+from formax.loading import choose, read_config
 
 
 def inspect_table(path_or_repo: str | Path, **where: Any) -> str:
@@ -28,11 +28,11 @@ def inspect_table(path_or_repo: str | Path, **where: Any) -> str:
     folder = hub.checkpoint(path_or_repo, **where)
     config = read_config(folder)
     family = registry.family(config.model_type)
-    architecture = choose(family, config, None)
+    architecture, _, _ = choose(family, config, None)
     spec = architecture.spec(config)
     table = specs.table(spec)
     with open_checkpoint(folder) as checkpoint:
-        plan = make_plan(checkpoint, table, family.base, lambda: family.known_names(config), False, True)
+        plan = make_plan(checkpoint, table, family.bases(architecture), lambda: family.known_names(config), False, True)
         dtypes = {entry: checkpoint[entry.param.layout.names(name)[0]].dtype for entry, name in plan.found.items()}
         size = sum(info.file.stat().st_size for info in {info.file: info for info in checkpoint.values()}.values())
         kind = checkpoint.format

@@ -90,8 +90,30 @@ def test_making(auto: str, architecture: str, ids: Any, outputs: dict[str, tuple
     assert names == tiny.shapes(architecture, num_labels=3)
 
 
-def test_every_auto_class_is_tested() -> None:
-    assert {head[0] for head in HEADS} == {name for name in formax.__all__ if name.startswith("AutoModel")}
+def auto_classes() -> dict[str, Any]:
+    return {name: getattr(formax, name) for name in formax.__all__ if name.startswith(("AutoModel", "AutoBackbone"))}
+
+
+def test_an_auto_class_opens_what_its_name_says() -> None:
+    tasks = {name: f"AutoModel{cls.task}" for name, cls in auto_classes().items()}
+    assert tasks.pop("AutoBackbone") == "AutoModelBackbone"
+    assert all(name == task for name, task in tasks.items())
+
+
+def test_an_auto_class_for_a_head_that_the_family_lacks(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "BertModel")
+    opened = {head[0] for head in HEADS} | {"AutoModelForTextEncoding"}
+    for name in auto_classes().keys() - opened:
+        with pytest.raises(ConfigError, match=r"bert has no head for AutoModel\w+; it has AutoModel, AutoModelForPreTr"):
+            getattr(formax, name).from_pretrained(tmp_path)
+
+
+def test_an_architecture_by_its_name(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "BertForMaskedLM")
+    model = formax.from_pretrained(tmp_path, architecture="BertForTokenClassification")
+    assert model.architecture.task == "ForTokenClassification"
+    with pytest.raises(ConfigError, match="architecture = 'BertForSinging', which is none of bert's: BertModel, "):
+        formax.from_pretrained(tmp_path, architecture="BertForSinging")
 
 
 def test_making_is_repeatable() -> None:
@@ -280,7 +302,7 @@ def test_aliases(tmp_path: Path, name: str) -> None:
     assert formax.from_pretrained(tmp_path / "saved").architecture.name == "BertModel"
 
 
-@pytest.mark.parametrize(("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bert, bert-japanese")])
+@pytest.mark.parametrize(("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")])
 def test_a_model_type_that_nobody_knows(tmp_path: Path, name: str, hint: str) -> None:
     written(tmp_path, model_type=name)
     for opens in (

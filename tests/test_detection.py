@@ -15,17 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle.compare import error
 from safetensors.numpy import load_file, save_file
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
 import formax
 from formax.core import spec as specs
 from formax.core.config import ConfigError
+from formax.layers.conv import conv
 from formax.models.vision import detr, resnet
 from formax.models.vision.detr import DetrConfig
 from formax.training import detection
 
 ALL = [golden for golden in goldens() if golden.family_name == "detr"]
 LOSSES = [golden for golden in ALL if "out.loss" in golden.arrays]
+PARTS = ("encoder", "decoder")
+LOSS = jax.jit(detection.set_loss, static_argnums=1)
 
 
 def named(name: str) -> Golden:
@@ -46,7 +49,7 @@ def targets(golden: Golden) -> dict[str, Any]:
 def test_losses_are_the_references(golden: Golden, tmp_path: Path) -> None:
     model, _ = golden.open(tmp_path)
     out = model(**golden.inputs)
-    total, parts = jax.jit(detection.set_loss, static_argnums=1)(out, golden.config, **targets(golden))
+    total, parts = LOSS(out, golden.config, **targets(golden))
     expected = {name: x for name, x in golden.arrays.items() if name.startswith("out.loss_dict.")}
     assert {f"out.loss_dict.{name}" for name in parts} == expected.keys()
     for name, value in parts.items():
@@ -59,7 +62,7 @@ def test_padding_and_order_of_objects_change_nothing(name: str, tmp_path: Path) 
     golden = named(name)
     model, _ = golden.open(tmp_path)
     out, objects = model(**golden.inputs), targets(golden)
-    right, _ = detection.set_loss(out, golden.config, **objects)
+    right, _ = LOSS(out, golden.config, **objects)
     padded = {
         key: np.pad(x, [(0, 0), (3, 2)] + [(0, 0)] * (x.ndim - 2), constant_values=False if key == "real" else 1)
         for key, x in objects.items()
@@ -67,7 +70,7 @@ def test_padding_and_order_of_objects_change_nothing(name: str, tmp_path: Path) 
     order = np.random.RandomState(0).permutation(padded["real"].shape[1])
     moved = {key: x[:, order] for key, x in padded.items()}
     for other in (padded, moved):
-        np.testing.assert_allclose(detection.set_loss(out, golden.config, **other)[0], right, rtol=1e-5)
+        np.testing.assert_allclose(LOSS(out, golden.config, **other)[0], right, rtol=1e-5)
 
 
 def test_gradients_of_the_loss_are_finite_and_reach_the_model(tmp_path: Path) -> None:
@@ -88,7 +91,7 @@ def test_no_objects_at_all() -> None:
     config = DetrConfig()
     for most in (0, 3):
         given = {"class_labels": jnp.zeros((2, most), int), "boxes": jnp.zeros((2, most, 4))}
-        total, parts = detection.set_loss(out, config, real=jnp.zeros((2, most), bool), **given)
+        total, parts = LOSS(out, config, real=jnp.zeros((2, most), bool), **given)
         np.testing.assert_allclose(total, math.log(4), rtol=1e-6)
         assert float(parts["loss_bbox"]) == float(parts["loss_giou"]) == 0
 
@@ -321,6 +324,36 @@ def test_states_of_the_encoder_can_be_given(tmp_path: Path) -> None:
         np.testing.assert_allclose(out.last_hidden_state, right.last_hidden_state, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["model", "auxiliary_model"])
+def test_stacked_layers_are_the_same(name: str, tmp_path: Path) -> None:
+    golden = named(name)
+    model, _ = golden.open(tmp_path)
+    parts = {part: model.params[part] | {"layers": specs.stack(model.params[part]["layers"])} for part in PARTS}
+    right, out = (one(**golden.inputs) for one in (model, model.replace(params=model.params | parts)))
+    for field, expected in right.items():
+        np.testing.assert_allclose(out[field], expected, atol=1e-4, err_msg=field)
+
+
+def test_layers_are_dropped_under_a_key_alone(tmp_path: Path) -> None:
+    golden = named("auxiliary_model")
+    model, _ = golden.open(tmp_path)
+    off = {"dropout": 0.0, "encoder_layerdrop": 1.0, "decoder_layerdrop": 1.0}
+    dropped = model.replace(config=model.config.replace(**off))
+    right, out = (one(**golden.inputs) for one in (model, dropped))
+    np.testing.assert_array_equal(out.last_hidden_state, right.last_hidden_state)
+    out, seen = formax.capture(dropped, "encoder.embed.out")(**golden.inputs, key=jax.random.key(0))
+    np.testing.assert_array_equal(out.encoder_last_hidden_state, seen["encoder.embed.out"])
+    assert np.abs(out.intermediate_hidden_states).max() == 0  # the decoder starts from zeros
+
+
+def test_a_mask_head_that_cannot_be(tmp_path: Path) -> None:
+    golden = named("segmentation")
+    config = golden.config.replace(d_model=40)
+    params = specs.abstract(detr.segmentation_spec(config))
+    with pytest.raises(ValueError, match=r"8 must divide the channels of its own maps, \[48, 20, 10, 5, 2\]"):
+        jax.eval_shape(lambda p: detr.segmentation(p, config, jnp.zeros((1, 3, 64, 64))), params)
+
+
 def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     golden = named("model")
     model, _ = golden.open(tmp_path)
@@ -355,7 +388,7 @@ def test_batch_statistics_are_handed_out_where_the_buffers_are(tmp_path: Path) -
     assert seen.keys() == buffers
     x = resnet.to_maps(model.params, model.config, jnp.asarray(golden.inputs["pixel_values"]))
     stem = model.params["stem"]
-    y = np.asarray(resnet.conv(stem["conv"], x, stride=2, padding=3)).reshape(-1, 10)
+    y = np.asarray(conv(stem["conv"], x, stride=2, padding=3)).reshape(-1, 10)
     # PyTorch's: a tenth of the batch's, whose variance is the unbiased one
     np.testing.assert_allclose(
         seen["stem.norm.mean"], 0.9 * stem["norm"]["mean"] + 0.1 * y.mean(0), rtol=1e-4, atol=1e-6

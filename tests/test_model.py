@@ -205,7 +205,9 @@ def test_a_cache_is_for_models_that_read_from_left_to_right() -> None:
     with pytest.raises(ValueError, match="2 layers need as many caches, got 1"):
         decoder(IDS, cache=cache[:1])
     with pytest.raises(ValueError, match="a cache needs is_decoder=True"):
-        MODEL(IDS, cache=MODEL.init_cache(2, 9))
+        MODEL(IDS, cache=cache)
+    with pytest.raises(TypeError, match="BertForMaskedLM does not decode step by step"):
+        MODEL.init_cache(2, 9)
 
 
 # --- a pytree

@@ -183,6 +183,12 @@ def test_other_shapes_than_waveforms_are_refused(shape: tuple[int, ...], tmp_pat
         model(np.zeros(shape, np.float32))
 
 
+def test_voices_need_frames_for_the_time_delay_layers(tmp_path: Path) -> None:
+    model, _ = Golden(FAMILY, "xvector").open(tmp_path)
+    with pytest.raises(ValueError, match=r"the time-delay layers need 9 frames, input_values \(1, 100\) make 7"):
+        model(np.zeros((1, 100), np.float32))
+
+
 def test_codes_are_drawn_by_their_scores(tmp_path: Path) -> None:
     model, _ = Golden(FAMILY, "pre_training").open(tmp_path)
     p = jax.tree.map(jnp.asarray, model.params["quantizer"])

@@ -52,6 +52,7 @@ INERT = frozenset(
         "directionality",
         "diversity_penalty",
         "do_sample",
+        "dropout",
         "early_stopping",
         "encoder_no_repeat_ngram_size",
         "exponential_decay_length_penalty",

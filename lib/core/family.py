@@ -20,6 +20,7 @@ class Architecture:
         spec: `spec(config)` declares the parameters.
         apply: `apply(params, config, **inputs, key=None)` computes the output.
         also: further tasks whose Auto classes open this architecture.
+        base: checkpoint prefix of the bare model inside this architecture, where it is not the family's.
         inputs: the function whose parameters name what the architecture is called with; the family's by default.
         methods: further functions of the same parameters, `method(params, config, **inputs)`, which a model offers as
             methods: {"encode": ...}.
@@ -32,6 +33,7 @@ class Architecture:
     spec: Callable[[Any], Spec]
     apply: Callable[..., Any]
     also: tuple[str, ...] = ()
+    base: str | None = None
     inputs: Callable[..., Any] | None = None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     collected: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
@@ -74,6 +76,11 @@ class Family:
         """The first architecture of that task, else the first that serves it too."""
         found = next((arch for arch in self.architectures if arch.task == task), None)
         return found or next((arch for arch in self.architectures if task in arch.also), None)
+
+    def bases(self, architecture: Architecture) -> tuple[str, ...]:
+        """Prefixes under which checkpoints hold the bare model, that of `architecture` first."""
+        own = self.base if architecture.base is None else architecture.base
+        return tuple(dict.fromkeys(base for base in (own, self.base) if base))
 
     def known_names(self, config: Config) -> set[str]:
         """Every checkpoint name that some architecture of the family reads."""

@@ -91,6 +91,15 @@ class PreTrainingOutput(Output):
 
 
 @output
+class MaskedImageModelingOutput(Output):
+    """`reconstruction` [B, C, height, width] of the pixels, the masked ones among them."""
+
+    reconstruction: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
 class Seq2SeqOutput(Output):
     """An encoder-decoder's `last_hidden_state` [B, T, H] of the decoder, and the encoder's [B, S, H]."""
 

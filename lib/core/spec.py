@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import jax
@@ -342,7 +342,7 @@ def _draw(
         values: dict[str, jax.Array] = {}
         for (shape, initializer, dtype), names in groups.items():
             keys = jnp.stack([rng.fold_path(key, name) for name in names])
-            drawn = jax.vmap(partial(initializer, shape=shape, dtype=dtype))(keys)
+            drawn = jax.vmap(lambda k, make=initializer, shape=shape, dtype=dtype: make(k, shape, dtype))(keys)
             values.update({name: drawn[i] for i, name in enumerate(names)})
         return tuple(values[name] for name, *_ in plan)
 

@@ -510,6 +510,11 @@ def xvector(
 ) -> XVectorOutput:
     """Vectors that tell voices apart, from mean and deviation over frames [B, X] (Snyder et al. 2018)."""
     x = linear(p["projector"], encode(p, c, input_values, attention_mask, **inputs)[0])
+    least = 1 + sum(dilation * (k - 1) for k, dilation in zip(c.tdnn_kernel, c.tdnn_dilation, strict=True))
+    if x.shape[1] < least:
+        raise ValueError(
+            f"the time-delay layers need {least} frames, input_values {input_values.shape} make {x.shape[1]}"
+        )
     for layer, k, dilation in zip(p["tdnn"], c.tdnn_kernel, c.tdnn_dilation, strict=True):
         kernel = layer["kernel"].reshape(k, -1, layer["kernel"].shape[-1])
         x = jax.nn.relu(conv({**layer, "kernel": kernel}, x, dilation=dilation))
@@ -537,9 +542,7 @@ def language_leaves(spec: Spec) -> list[Entry]:
     entries = table(spec).entries
     adapters = [entry for entry in entries if entry.path[0] == "layers" and entry.path[2] == "adapter"]
     if not adapters:
-        raise ValueError(
-            "only models with adapter_attn_dim (and do_stable_layer_norm) have an adapter for each language"
-        )
+        raise ValueError("an adapter for each language needs adapter_attn_dim, and do_stable_layer_norm=True")
     return adapters + [entry for entry in entries if entry.path[0] == "head"]
 
 

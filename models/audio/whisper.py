@@ -158,8 +158,8 @@ def hear(p: Any, c: WhisperConfig, features: Any, key: Any, *, every: bool = Fal
             return block(p, c, "encoder", x, Mask(), None, None, None, key, pre_norm)[0], x
 
         layers = p["encoder"].get("layers", ())
-        kept = ((None,) * len(layers) if isinstance(layers, tuple) else {}) if every else None
-        x, before = fold(run, layers, x, cache=kept, key=k_layers)
+        kept: Any = (None,) * len(layers) if isinstance(layers, tuple) else {}  # what a layer returns beside its states
+        x, before = fold(run, layers, x, cache=kept if every else None, key=k_layers)
         return tap.tap("last", norm.layer(p["encoder"]["norm"], x, EPS)), before
 
 
@@ -167,17 +167,16 @@ def augment(c: WhisperConfig, features: jax.Array, attention_mask: Any, key: Any
     """SpecAugment, under a key: spans of frames (of those that `attention_mask` [B, frames] has) and of mels are 0."""
     if key is None or not c.apply_spec_augment:
         return features
-    k_time, k_mel = split(key, 2)
+    k_time, k_mel = jax.random.split(key)
     rows, mels, frames = features.shape
     if c.mask_time_prob > 0:
         real = None if attention_mask is None else attention_mask.sum(-1)
-        spans = {"min_spans": c.mask_time_min_masks, "lengths": real}
-        hidden = span_mask(k_time, rows, frames, c.mask_time_prob, c.mask_time_length, **spans)
+        span, least = (c.mask_time_prob, c.mask_time_length), c.mask_time_min_masks
+        hidden = span_mask(k_time, rows, frames, *span, min_spans=least, lengths=real)
         features = jnp.where(hidden[:, None], 0, features)
     if c.mask_feature_prob > 0:
-        spans = {"min_spans": c.mask_feature_min_masks}
-        hidden = span_mask(k_mel, rows, mels, c.mask_feature_prob, c.mask_feature_length, **spans)
-        features = jnp.where(hidden[:, :, None], 0, features)
+        span, least = (c.mask_feature_prob, c.mask_feature_length), c.mask_feature_min_masks
+        features = jnp.where(span_mask(k_mel, rows, mels, *span, min_spans=least)[:, :, None], 0, features)
     return features
 
 

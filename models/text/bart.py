@@ -118,7 +118,7 @@ def block(
 
     [B, T, E] -> ([B, T, E], cache).
     """
-    keys = split(key, 7)
+    keys = split(key, 6)
     cache = cache or {"attn": None, "cross": None}
     shared = {"head_dim": c.d_model // getattr(c, f"{part}_attention_heads"), "dropout": c.attention_dropout}
 
@@ -138,7 +138,7 @@ def block(
     y, _ = around(p["mlp_norm"], y, think, c.dropout, keys[5])
     rate = getattr(c, f"{part}_layerdrop")
     if key is not None and rate > 0:  # Fan et al. 2019, arXiv:1909.11556: a layer is left out now and then
-        y = jnp.where(jax.random.bernoulli(keys[6], rate), x, y)
+        y = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 6), rate), x, y)
     return y, {"attn": attn, "cross": cross}
 
 

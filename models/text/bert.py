@@ -229,7 +229,7 @@ FAMILY = Family(
     inputs=encode,
     init_cache=init_cache,
     architectures=(
-        Architecture("BertModel", "", model_spec, model),
+        Architecture("BertModel", "", model_spec, model, also=("ForTextEncoding",)),
         Architecture("BertForPreTraining", "ForPreTraining", _pooled(_words, _pair), pretraining),
         Architecture("BertForMaskedLM", "ForMaskedLM", _plain(_words), masked_lm),
         Architecture("BertLMHeadModel", "ForCausalLM", _plain(_words), masked_lm),

@@ -109,12 +109,13 @@ def block_spec(c: GPT2Config, layer: int) -> dict[str, Spec]:
         "masked_bias": Ignored("masked_bias"),
     }  # causal masks, until 2023
     inner = 4 * c.n_embd if c.n_inner is None else c.n_inner
-    names = {"init": init, "out_init": out_init, "layout": SAME}
     spec: dict[str, Spec] = {
         "attn_norm": norm.layer_spec("ln_1", c.n_embd),
         "attn": At("attn", attn | masks),
         "mlp_norm": norm.layer_spec("ln_2", c.n_embd),
-        "mlp": At("mlp", mlp.dense_spec(c.n_embd, inner, ("c_fc", "c_proj"), **names)),
+        "mlp": At(
+            "mlp", mlp.dense_spec(c.n_embd, inner, ("c_fc", "c_proj"), init=init, out_init=out_init, layout=SAME)
+        ),
     }
     if c.add_cross_attention:
         query = linear_spec("q_attn", c.n_embd, c.n_embd, ("embed", "heads"), init=init, layout=SAME)

@@ -78,7 +78,7 @@ def block_spec(c: LlamaConfig) -> dict[str, Spec]:
     init = normal(c.initializer_range)
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     attn = partial(attention_spec, names=names, init=init, kv_heads=c.kv_heads, bias=c.attention_bias)
-    inverse_frequencies: Spec = {"frequencies": Ignored("rotary_emb.inv_freq")}  # written until 2023
+    inverse_frequencies: dict[str, Spec] = {"frequencies": Ignored("rotary_emb.inv_freq")}  # written until 2023
     return {
         "attn_norm": norm.rms_spec("input_layernorm", c.hidden_size),
         "attn": At("self_attn", attn(c.hidden_size, c.num_attention_heads, c.head_size) | inverse_frequencies),

@@ -60,9 +60,10 @@ class MambaConfig(Config):
             raise ConfigError(f'time_step_rank={self.time_step_rank!r} must be a number or "auto"')
         if self.time_step_init_scheme not in ("random", "constant"):
             raise ConfigError(f"time_step_init_scheme={self.time_step_init_scheme!r} is none of random, constant")
-        for name in ("state_size", "conv_kernel", "inner_size", "rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        sizes = {"state_size": self.state_size, "conv_kernel": self.conv_kernel}
+        for name, value in (sizes | {"intermediate_size": self.inner_size, "time_step_rank": self.rank}).items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1")
         check_activation(self.hidden_act)
 
     @property
@@ -161,7 +162,7 @@ def encode(
     embed.check_inputs(input_ids, inputs_embeds, None)
     with tap.scope("embed"):
         x = tap.tap("out", embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds)
-    dtype, seen = x.dtype, tokens_seen(attention_mask, x, 0 if cache is None else cache[0].length)
+    dtype, seen = x.dtype, ssm.tokens_seen(attention_mask, x, 0 if cache is None else cache[0].length)
     x = x.astype(jnp.float32) if c.residual_in_fp32 else x
 
     def block(p: Any, x: Any, cache: Any, key: Any) -> Any:
@@ -173,28 +174,6 @@ def encode(
     x, cache = fold(block, p.get("layers", ()), x, cache=cache)
     with tap.scope("norm"):
         return tap.tap("out", norm.rms(p["norm"], x, c.layer_norm_epsilon).astype(dtype)), cache
-
-
-def tokens_seen(mask: jax.Array | None, x: jax.Array, offset: Any) -> jax.Array | None:
-    """A padding mask for the positions at hand, [B, T, 1] in the dtype of `x` [B, T, E].
-
-    Args:
-        mask: [B, T], or [B, S] from the first position on; what lies beyond it is no padding.
-        x: states of the positions.
-        offset: how many positions there were before.
-
-    Raises:
-        ValueError: another number of dimensions, or fewer columns than positions.
-    """
-    if mask is None:
-        return None
-    length = x.shape[1]
-    if mask.ndim != 2 or mask.shape[1] < length:
-        raise ValueError(f"attention_mask must be [batch, length], for {x.shape[:2]} at least, got {mask.shape}")
-    if mask.shape[1] > length:
-        mask = jnp.pad(mask, ((0, 0), (0, length)), constant_values=1)
-        mask = jax.lax.dynamic_slice_in_dim(mask, offset, length, axis=1)
-    return (mask != 0).astype(x.dtype)[..., None]
 
 
 def model(p: Any, c: MambaConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:

@@ -177,13 +177,11 @@ def decode(
     rotate = partial(rope.rotate, cos=cos, sin=sin)
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        return block(p, c, x, rotate, mask, cache or None, key)
+        return block(p, c, x, rotate, mask, cache, key)
 
-    layers = p.get("layers", ())
-    stacked = not isinstance(layers, tuple)
-    empty: Any = {} if stacked else ({},) * len(layers)  # not None, or what the blocks return would be left behind
-    x, seen = fold(run, layers, x, cache=empty if cache is None else cache, key=split(key, 1)[0])
-    caches, logits = seen if stacked else zip(*seen, strict=True) if seen else ((), ())
+    x, seen = fold(run, p.get("layers", ()), x, cache=cache, key=split(key, 1)[0])
+    # layers one by one give a tuple of pairs, scanned ones a pair of stacks
+    caches, logits = seen if isinstance(p.get("layers"), dict) else zip(*(seen or [((), ())]), strict=True)
     asked = c.output_router_logits if output_router_logits is None else output_router_logits
     x = tap.tap("last", norm.rms(p["norm"], x, c.rms_norm_eps))
     return x, None if cache is None else caches, tuple(logits) if asked else None
@@ -222,7 +220,8 @@ def init_cache(c: MixtralConfig, batch: int, length: int, encoder_length: int, d
     return tuple(KVCache.empty(batch, length, c.kv_heads, c.head_size, dtype) for _ in range(c.num_hidden_layers))
 
 
-_words, _text, _tokens, _span = heads.decoder_heads("Mixtral", "model", model_spec, states)
+_words, *_labels = heads.decoder_heads("Mixtral", "model", model_spec, states)
+
 FAMILY = Family(
     "mixtral",
     MixtralConfig,
@@ -232,8 +231,6 @@ FAMILY = Family(
     architectures=(
         Architecture("MixtralModel", "", model_spec, model),
         replace(_words, apply=causal_lm),
-        _text,
-        _tokens,
-        replace(_span, spec=heads.with_heads("model", model_spec, heads.linear_head("qa_outputs", 2))),
+        *_labels,
     ),
 )

@@ -163,8 +163,10 @@ def run_stack(
     k_in, k_layers, k_out = split(key, 3)
     x = tap.tap("embed.out", dropout(x, c.dropout_rate, k_in))
     length = x.shape[1] if cache is None else cache[0]["attn"].k.shape[1]
-    distances = {"both_ways": memory_mask is None, "max_distance": c.relative_attention_max_distance}
-    bias = bucketed_bias(p["distance"], x.shape[1], length, q_offset=mask.q_offset, **distances)
+    both_ways, limit = memory_mask is None, c.relative_attention_max_distance
+    bias = bucketed_bias(
+        p["distance"], x.shape[1], length, both_ways=both_ways, max_distance=limit, q_offset=mask.q_offset
+    )
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, x, bias, mask, memory, memory_mask, cache, key)

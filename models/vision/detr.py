@@ -12,7 +12,7 @@ strides and the dilation of `output_stride` (DC5) were compared with timm's sour
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import jax
@@ -24,7 +24,7 @@ from formax.core.config import Config, ConfigError, config
 from formax.core.family import Architecture, Family
 from formax.core.frozen import FrozenDict
 from formax.core.outputs import Array, Output, output
-from formax.core.rng import split
+from formax.core.rng import fold_path, split
 from formax.core.spec import At, Ignored, Spec, fold, normal, stack_of, under
 from formax.layers import embed, mlp, norm
 from formax.layers.activations import check_activation
@@ -54,6 +54,8 @@ TIMM_NAMES = resnet.Names(
 TIMM_OPTIONS = ("out_indices", "in_chans", "output_stride", "layers", "channels")
 GRID = 50  # rows and columns that learned positions know
 EPS = 1e-5
+UNIFORM = jax.nn.initializers.uniform(1.0)
+xavier = lru_cache(lambda gain: jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform"))
 
 
 @config
@@ -106,7 +108,7 @@ class DetrConfig(Config):
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
             if getattr(self, name) < 1 or self.d_model % getattr(self, name):
                 raise ConfigError(f"d_model={self.d_model} is no multiple of {name}={getattr(self, name)}")
-        if self.d_model % 4:
+        if self.position_embedding_type == "sine" and self.d_model % 4:
             raise ConfigError(f"d_model={self.d_model} is no multiple of 4: sine and cosine of rows and of columns")
         kind = None if self.backbone_config is None else self.backbone_config.extra.get("model_type")
         if kind is not None:
@@ -142,7 +144,7 @@ class DetrConfig(Config):
         kind, depths = TIMM[self.backbone or ""]
         widths = self.timm.get("channels", (64, 128, 256, 512))
         picked = tuple(self.timm.get("out_indices", (1, 2, 3, 4)))
-        last = max(picked)  # timm leaves out the stages after it
+        last = max(picked, default=0)  # timm leaves out the stages after it
         return ResNetConfig(
             num_channels=self.timm.get("in_chans", self.num_channels),
             hidden_sizes=tuple(width * (1 if kind == "basic" else 4) for width in widths)[:last],
@@ -199,8 +201,8 @@ class DetrOutput(Output):
 
 def frozen_norm_spec(name: str, size: int) -> Spec:
     """A batch norm whose parameters are all statistics, none of them trained."""
-    spec = norm.batch_spec(name, size, counted=False)
-    parts = {key: replace(part, buffer=True) for key, part in spec.spec.items()}  # type: ignore[union-attr]
+    spec: Any = norm.batch_spec(name, size, counted=False)
+    parts = {key: replace(part, buffer=True) for key, part in spec.spec.items()}
     return At(name, {**parts, "count": Ignored("num_batches_tracked")})
 
 
@@ -287,7 +289,7 @@ def layers(
     heads, rate = getattr(c, f"{part}_attention_heads"), getattr(c, f"{part}_layerdrop")
 
     def run(q: Any, x: jax.Array, _: Any, key: Any) -> Any:
-        keys, before = split(key, 7), x
+        keys, before = split(key, 6), x
 
         def add(name: str, h: jax.Array, key: Any) -> jax.Array:
             return norm.layer(q[name], x + dropout(h, c.dropout, key), EPS)
@@ -300,10 +302,10 @@ def layers(
             x = add("cross_norm", h, keys[3])
         h = mlp.dense(q["mlp"], x, c.activation_function, rate=c.activation_dropout, key=keys[4])
         x = add("mlp_norm", h, keys[5])
-        if key is not None and rate > 0:  # LayerDrop, Fan et al. 2019, arXiv:1909.11556
-            x = jnp.where(jax.random.bernoulli(keys[6], rate), before, x)
         if "cross" in q and c.auxiliary_loss:
             x = norm.layer(p["norm"], x, EPS)
+        if key is not None and rate > 0:  # LayerDrop, Fan et al. 2019, arXiv:1909.11556
+            x = jnp.where(jax.random.bernoulli(fold_path(key, "layerdrop"), rate), before, x)
         return x, x
 
     with tap.scope(part):
@@ -326,7 +328,7 @@ def model_spec(c: DetrConfig) -> dict[str, Spec]:
         "queries": table("query_position_embeddings", c.num_queries, size, init=init),
     }
     if c.position_embedding_type == "learned":
-        grid = partial(table, rows=GRID, size=size // 2, init=jax.nn.initializers.uniform(1.0))
+        grid = partial(table, rows=GRID, size=size // 2, init=UNIFORM)
         inner |= under(
             "backbone.position_embedding", {"rows": grid("row_embeddings"), "columns": grid("column_embeddings")}
         )
@@ -405,21 +407,21 @@ def detection_spec(c: DetrConfig) -> dict[str, Spec]:
     return under("model", model_spec(c)) | {"head": {"classes": classes, "box": box}}
 
 
-def find(p: Any, x: jax.Array) -> dict[str, jax.Array]:
+def find(p: Any, x: jax.Array) -> Found:
     """Classes and boxes of states [..., E]: [..., labels + 1] and [..., 4]."""
     h = x
     for q in p["head"]["box"][:-1]:
         h = jax.nn.relu(linear(q, h))
-    return {"logits": linear(p["head"]["classes"], x), "pred_boxes": jax.nn.sigmoid(linear(p["head"]["box"][-1], h))}
+    return Found(logits=linear(p["head"]["classes"], x), pred_boxes=jax.nn.sigmoid(linear(p["head"]["box"][-1], h)))
 
 
 def _found(p: Any, out: DetrModelOutput, masks: Any = None) -> DetrOutput:
-    every = out.intermediate_hidden_states
-    inner = None if every is None else tuple(Found(**find(p, x)) for x in every[:-1])
+    every, last = out.intermediate_hidden_states, find(p, out.last_hidden_state)
     return DetrOutput(
-        **find(p, out.last_hidden_state),
+        logits=last.logits,
+        pred_boxes=last.pred_boxes,
         pred_masks=masks,
-        auxiliary_outputs=inner,
+        auxiliary_outputs=None if every is None else tuple(find(p, x) for x in every[:-1]),
         last_hidden_state=out.last_hidden_state,
         encoder_last_hidden_state=out.encoder_last_hidden_state,
     )
@@ -434,8 +436,7 @@ def segmentation_spec(c: DetrConfig) -> dict[str, Spec]:
     """The detector, attention from objects to the map, and convolutions from there up to the largest map."""
     size, heads = c.d_model, c.encoder_attention_heads
     widths = [size + heads, size // 2, size // 4, size // 8, size // 16]
-    kernel, xavier = partial(conv_spec, init=normal(c.init_std)), c.init_xavier_std**2
-    glorot = jax.nn.initializers.variance_scaling(xavier, "fan_avg", "uniform")
+    kernel, init = partial(conv_spec, init=normal(c.init_std)), xavier(c.init_xavier_std)
     steps = zip([widths[0], *widths[:-1]], widths, strict=True)
     masks: dict[str, Spec] = {
         "convs": tuple(kernel(f"lay{i + 1}", d_in, d_out, (3, 3)) for i, (d_in, d_out) in enumerate(steps)),
@@ -446,7 +447,7 @@ def segmentation_spec(c: DetrConfig) -> dict[str, Spec]:
         ),
         "out": kernel("out_lay", widths[-1], 1, (3, 3)),
     }
-    attn = {part: linear_spec(f"{part}_linear", size, size, ("embed", "heads"), init=glorot) for part in ("q", "k")}
+    attn = {part: linear_spec(f"{part}_linear", size, size, ("embed", "heads"), init=init) for part in ("q", "k")}
     return under("detr", detection_spec(c)) | {"attn": At("bbox_attention", attn), "masks": At("mask_head", masks)}
 
 
@@ -456,7 +457,7 @@ def groups_of(width: int) -> int:
 
 
 def object_attention(p: Any, x: jax.Array, memory: jax.Array, seen: jax.Array, heads: int) -> jax.Array:
-    """Where objects [B, Q, E] look on the map [B, h, w, E]: [B, h, w, Q, heads], one softmax over places and heads."""
+    """Where objects [B, Q, E] look on the map [B, h, w, E]: [B, Q, h, w, heads], one softmax over places and heads."""
     b, h, w, size = memory.shape
     q = split_heads(linear(p["q"], x) * (size // heads) ** -0.5, size // heads)
     k = split_heads(linear(p["k"], memory.reshape(b, h * w, size)), size // heads)
@@ -498,11 +499,12 @@ def segmentation(
     widths = [kernel["bias"].shape[0] for kernel in p["masks"]["convs"]]
     if any(width % groups_of(width) for width in widths) or len(maps_of(c)) < 3:
         raise ValueError(
-            f"a mask head needs three maps of the backbone (there are {len(maps_of(c))}), and maps of its own of {widths} "
-            "channels (made of d_model and encoder_attention_heads) that 8 divides, where there are more than 8"
+            f"a mask head needs three maps of the backbone, there are {len(maps_of(c))}; and 8 must divide the channels "
+            f"of its own maps, {widths}, made of d_model and encoder_attention_heads, where they are more than 8"
         )
     out, maps, projected, seen = run(p, c, pixel_values, pixel_mask, encoder_outputs, key)
-    memory = out.encoder_last_hidden_state.reshape(projected.shape)  # type: ignore[union-attr]
+    assert out.encoder_last_hidden_state is not None
+    memory = out.encoder_last_hidden_state.reshape(projected.shape)
     where = object_attention(p["attn"], out.last_hidden_state, memory, seen, c.encoder_attention_heads)
     return _found(p, out, masks(p["masks"], projected, where, maps[2::-1]))
 

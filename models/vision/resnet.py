@@ -80,6 +80,11 @@ class Names:
     part: tuple[str, str] = ("layer.{part}.convolution", "layer.{part}.normalization")
     shortcut: tuple[str, str] = ("shortcut.convolution", "shortcut.normalization")
 
+    def of_part(self, part: int) -> tuple[str, str]:
+        """The names of a layer's part."""
+        kernel, scale = (name.format(part=part, one=part + 1) for name in self.part)
+        return kernel, scale
+
 
 def part_spec(names: tuple[str, str], d_in: int, d_out: int, window: int, norm_spec: Any) -> dict[str, Spec]:
     """A convolution and its norm."""
@@ -106,7 +111,7 @@ def features_spec(c: ResNetConfig, names: Names = Names(), norm_spec: Any = norm
         widths = (d_in, d_out, d_out) if basic else (d_in, d_out // 4, d_out // 4, d_out)
         spec: dict[str, Spec] = {
             "parts": tuple(
-                part_spec(tuple(n.format(part=k, one=k + 1) for n in names.part), *widths[k : k + 2], window, norm_spec)
+                part_spec(names.of_part(k), widths[k], widths[k + 1], window, norm_spec)
                 for k, window in enumerate((3, 3) if basic else (1, 3, 1))
             )
         }
@@ -184,7 +189,7 @@ def model(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) ->
 
 def image_classification(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> LogitsOutput:
     """A label for every image: [B, C, H, W] -> logits [B, labels]; without labels the pooled maps [B, C']."""
-    pooled = model(p, c, pixel_values, key).pooler_output[..., 0, 0]
+    pooled = features(p, c, to_maps(p, c, pixel_values), key=key)[-1].mean((1, 2))
     return LogitsOutput(logits=linear(p["head"], pooled) if "head" in p else pooled)
 
 

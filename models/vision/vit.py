@@ -16,7 +16,7 @@ from formax.core import tap
 from formax.core.config import Config, ConfigError, config
 from formax.core.family import Architecture, Family
 from formax.core.layout import Patch, Reshape
-from formax.core.outputs import Array, BaseModelOutput, LogitsOutput, Output, output
+from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
 from formax.layers import heads, mlp, norm
@@ -183,15 +183,6 @@ def image_classification(
     """A label for every image, from the class token: logits [B, labels] (without labels, its state [B, E])."""
     x = encode(p, c, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, key=key)[:, 0]
     return LogitsOutput(logits=linear(p["head"], x) if "head" in p else x)
-
-
-@output
-class MaskedImageModelingOutput(Output):
-    """`reconstruction` of the images' pixels, [B, C, height, width]."""
-
-    reconstruction: Array
-    hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None
 
 
 def pixel_decoder(c: ViTConfig) -> dict[str, Spec]:

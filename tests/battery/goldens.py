@@ -15,7 +15,7 @@ import numpy.typing as npt
 from oracle import weights
 from safetensors.numpy import save_file
 
-from formax import auto
+from formax import loading
 from formax.core import registry
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
@@ -121,8 +121,8 @@ class Golden:
     def open(self, folder: Path) -> tuple[Any, Any]:
         """Writes the checkpoint and opens it as a user would: (model, loading report)."""
         named = self.meta["config"]["architectures"] == [self.meta["architecture"]]
-        task = None if named else self.architecture.task
-        return auto.load(self.checkpoint(folder), task, output_loading_info=True)
+        name = None if named else self.architecture.name
+        return loading.load(self.checkpoint(folder), None, architecture=name, output_loading_info=True)
 
     def __str__(self) -> str:
         return f"{self.family_name}/{self.name}"

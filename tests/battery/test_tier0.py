@@ -40,7 +40,7 @@ def test_full_size_forward_in_bfloat16(golden: Golden) -> None:
     kept: dict[str, Any] = {name: given[name] for name in names if name in given}
     for name in getattr(golden.hooks, "KEPT", ()):
         part, _, inner = name.rpartition(".")
-        source = given[part] if part else given
+        source = given.get(part, {}) if part else given
         if inner in source:
             (kept.setdefault(part, {}) if part else kept)[inner] = source[inner]
     _, out = traced(golden, golden.family.config.from_dict(kept, source=str(golden)), jnp.bfloat16)
