@@ -112,15 +112,23 @@ def selective_scan(
 
 def _at_once(h: jax.Array, a: jax.Array, dx: jax.Array, dt: jax.Array, b: jax.Array, c: jax.Array) -> Any:
     """A chunk as an associative scan, in about log2 of its length steps: (state after it, y [B, T, C])."""
+
+    def compose(first: Any, second: Any) -> Any:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
     pairs = jnp.exp(dt[..., None] * a), dx[..., None] * b[:, :, None]
-    decay, added = jax.lax.associative_scan(lambda f, g: (f[0] * g[0], g[0] * f[1] + g[1]), pairs, axis=1)
+    decay, added = jax.lax.associative_scan(compose, pairs, axis=1)
     states = decay * h[:, None] + added
     return states[:, -1], jnp.einsum("btcn,btn->btc", states, c)
 
 
 def _one_by_one(h: jax.Array, a: jax.Array, *parts: jax.Array) -> Any:
     """The same step by step, which is less work: faster where arithmetic and not the number of steps takes the time."""
-    h, y = jax.lax.scan(lambda h, now: _step(h, a, *now), h, tuple(jnp.moveaxis(each, 1, 0) for each in parts))
+
+    def step(h: jax.Array, now: tuple[jax.Array, ...]) -> Any:
+        return _step(h, a, *now)
+
+    h, y = jax.lax.scan(step, h, tuple(jnp.moveaxis(each, 1, 0) for each in parts))
     return h, jnp.moveaxis(y, 0, 1)
 
 
@@ -136,7 +144,11 @@ def _step(h: jax.Array, a: jax.Array, dx: jax.Array, dt: jax.Array, b: jax.Array
 @lru_cache(maxsize=256)
 def uniform(bound: float) -> Initializer:
     """Uniform between -bound and bound."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def draw(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return draw
 
 
 def log_range(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:

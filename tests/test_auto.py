@@ -104,7 +104,9 @@ def test_an_auto_class_for_a_head_that_the_family_lacks(tmp_path: Path) -> None:
     tiny.checkpoint(tmp_path, "BertModel")
     opened = {head[0] for head in HEADS} | {"AutoModelForTextEncoding"}
     for name in auto_classes().keys() - opened:
-        with pytest.raises(ConfigError, match=r"bert has no head for AutoModel\w+; it has AutoModel, AutoModelForPreTr"):
+        with pytest.raises(
+            ConfigError, match=r"bert has no head for AutoModel\w+; it has AutoModel, AutoModelForPreTr"
+        ):
             getattr(formax, name).from_pretrained(tmp_path)
 
 
@@ -302,7 +304,9 @@ def test_aliases(tmp_path: Path, name: str) -> None:
     assert formax.from_pretrained(tmp_path / "saved").architecture.name == "BertModel"
 
 
-@pytest.mark.parametrize(("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")]
+)
 def test_a_model_type_that_nobody_knows(tmp_path: Path, name: str, hint: str) -> None:
     written(tmp_path, model_type=name)
     for opens in (

@@ -346,9 +346,8 @@ def test_layers_are_dropped_under_a_key_alone(tmp_path: Path) -> None:
     assert np.abs(out.intermediate_hidden_states).max() == 0  # the decoder starts from zeros
 
 
-def test_a_mask_head_that_cannot_be(tmp_path: Path) -> None:
-    golden = named("segmentation")
-    config = golden.config.replace(d_model=40)
+def test_a_mask_head_that_cannot_be() -> None:
+    config: Any = named("segmentation").config.replace(d_model=40)
     params = specs.abstract(detr.segmentation_spec(config))
     with pytest.raises(ValueError, match=r"8 must divide the channels of its own maps, \[48, 20, 10, 5, 2\]"):
         jax.eval_shape(lambda p: detr.segmentation(p, config, jnp.zeros((1, 3, 64, 64))), params)

@@ -67,8 +67,9 @@ def test_a_state_goes_on_where_it_ended(split: int) -> None:
 
 
 def test_without_a_state_it_is_zero() -> None:
-    *inputs, h = series(5)
-    for found, expected in zip(ssm.selective_scan(*inputs), ssm.selective_scan(*inputs, 0 * h), strict=True):
+    x, dt, a, b, c, h = series(5)
+    with_zero = ssm.selective_scan(x, dt, a, b, c, 0 * h)
+    for found, expected in zip(ssm.selective_scan(x, dt, a, b, c), with_zero, strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -183,8 +184,9 @@ def test_initial_values() -> None:
 def test_generation_with_left_padding_is_that_of_the_text_alone() -> None:
     model = formax.AutoModelForCausalLM.from_config(CONFIG, key=jax.random.key(1))
     ids = np.random.RandomState(0).randint(1, 31, (1, 7))
-    padded = {"input_ids": np.pad(ids, ((0, 0), (4, 0))), "attention_mask": np.pad(np.ones((1, 7)), ((0, 0), (4, 0)))}
-    np.testing.assert_allclose(model(**padded).logits[:, 4:], model(input_ids=ids).logits, atol=1e-5)
+    padded, mask = (np.pad(each, ((0, 0), (4, 0))) for each in (ids, np.ones((1, 7))))
+    found = model(input_ids=padded, attention_mask=mask).logits
+    np.testing.assert_allclose(found[:, 4:], model(input_ids=ids).logits, atol=1e-5)
 
 
 def test_a_cache_does_not_grow() -> None:

@@ -49,6 +49,7 @@ class Family:
         base: checkpoint prefix of the bare model inside the architectures with heads, e.g. "bert".
         inputs: the function whose parameters name what models of this family are called with.
         architectures: the bare model first.
+        relative: model type of the family that this one is a small step from.
         init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode; it gives None
             for a configuration that does not.
     """
@@ -59,6 +60,7 @@ class Family:
     inputs: Callable[..., Any]
     architectures: tuple[Architecture, ...]
     init_cache: Callable[..., Any] | None = None
+    relative: str | None = None
 
     def __post_init__(self) -> None:
         if self.config.model_type != self.model_type:

@@ -27,7 +27,7 @@ from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
 from formax.layers.seq2seq import states_of
 from formax.layers.spec_augment import span_mask
-from formax.models.text.bart import ALONE, EPS, block, block_spec, init_cache
+from formax.models.text.bart import ALONE, EPS, block, block_spec, check_memory, init_cache
 
 
 @config
@@ -243,6 +243,8 @@ def run_both(
         memory = states_of(encoder_outputs)
     elif input_features is not None or cache is None:
         memory = encode(p, c, input_features, attention_mask, k_encoder).last_hidden_state
+    else:
+        check_memory(cache)
     own = decoder_inputs_embeds, decoder_position_ids
     x, cache = decode(p, c, decoder_input_ids, decoder_attention_mask, memory, *own, cache, k_decoder)
     return Seq2SeqOutput(last_hidden_state=x, cache=cache, encoder_last_hidden_state=memory)

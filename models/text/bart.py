@@ -216,6 +216,12 @@ def decode(
         return fold(run, p["decoder"].get("layers", ()), x, cache=cache, key=k_layers)
 
 
+def check_memory(cache: Any) -> None:
+    """Raises ValueError for a cache without an encoder's states, in a call that has no others."""
+    if cache[0]["cross"] is None:
+        raise ValueError("the cache has no room for the encoder's states: make it with their encoder_length")
+
+
 def run_both(
     p: Any,
     c: BartConfig,
@@ -244,6 +250,8 @@ def run_both(
         memory = states_of(encoder_outputs)
     elif input_ids is not None or inputs_embeds is not None or cache is None:
         memory = encode(p, c, input_ids, attention_mask, inputs_embeds, k_encoder).last_hidden_state
+    else:
+        check_memory(cache)
     own = decoder_input_ids, decoder_attention_mask
     x, cache = decode(p, c, *own, memory, attention_mask, decoder_inputs_embeds, cache, k_decoder)
     return Seq2SeqOutput(last_hidden_state=x, encoder_last_hidden_state=memory, cache=cache)

@@ -499,7 +499,7 @@ def segmentation(
     widths = [kernel["bias"].shape[0] for kernel in p["masks"]["convs"]]
     if any(width % groups_of(width) for width in widths) or len(maps_of(c)) < 3:
         raise ValueError(
-            f"a mask head needs three maps of the backbone, there are {len(maps_of(c))}; and 8 must divide the channels "
+            f"a mask head needs three maps of the backbone, it has {len(maps_of(c))}; and 8 must divide the channels "
             f"of its own maps, {widths}, made of d_model and encoder_attention_heads, where they are more than 8"
         )
     out, maps, projected, seen = run(p, c, pixel_values, pixel_mask, encoder_outputs, key)

@@ -13,6 +13,7 @@ import pytest
 from oracle.compare import error, visible
 from safetensors import safe_open
 
+from battery.families_page import MEASURES
 from battery.goldens import Golden, goldens, one_each
 from battery.trace import unread
 from formax.core import spec as specs
@@ -50,6 +51,7 @@ def test_outputs_are_the_references(golden: Golden, tmp_path: Path) -> None:
         for name, expected in golden.outputs.items()
     }
     assert max(far.values()) < TOLERANCE, far
+    MEASURES[golden.family_name].parity[str(golden)] = max(far.values())
     names = {entry.key: entry.name for entry in specs.table(model.spec).entries}
     prefix, silent = f"{golden.family.base}.", getattr(golden.hooks, "SILENT", ())
 
@@ -104,6 +106,7 @@ def test_saving_gives_the_references_files(golden: Golden, tmp_path: Path) -> No
     again = golden.family.config.from_dict(golden.meta["config"] | told, source=str(golden))
     assert golden.family.config.from_dict(written, source="what was written") == again
     assert agree(written, golden.meta["config"] | told)
+    MEASURES[golden.family_name].export.add(str(golden))
 
 
 # Tasks whose output is one row a token, so that it can be made token by token.
@@ -159,6 +162,7 @@ def test_decoding_with_a_cache_is_the_full_forward(golden: Golden, tmp_path: Pat
         parts.append(field(out, output))
     far = error(*(visible(x, golden.inputs) for x in (expected, np.concatenate(parts, axis=1))))
     assert far < TOLERANCE
+    MEASURES[golden.family_name].steps[str(golden)] = far
 
 
 @pytest.mark.parametrize("golden", one_each(), ids=str)
