@@ -95,6 +95,16 @@ class Staging:
             with self._explained(shown):
                 file.close()
 
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        """Yields where to create the file `name`, for writers that move about in it; otherwise as `open`."""
+        path, shown = self.folder / name, self.directory / name
+        with self._explained(shown):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield path
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def commit(self, changes: Sequence[Change]) -> None:
         """Moves the files to where they belong.
 

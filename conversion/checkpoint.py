@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from formax.conversion import flax_msgpack, tf_h5
 from formax.conversion.atomic import Change, Staging, leftovers_of
 from formax.conversion.mapped import CheckpointError, MappedFile, Region, TensorFile, parse_json
 from formax.conversion.safetensors import (
@@ -29,17 +30,51 @@ from formax.conversion.torch_bin import PICKLE_MAGIC, ZIP_MAGIC, read_torch_bin
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "TensorLike", "open_checkpoint", "write_checkpoint"]
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
-# What a directory may hold, the preferred first.
-CANDIDATES = (SINGLE, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+@dataclass(frozen=True)
+class Format:
+    """What the files of a checkpoint are called.
+
+    Attributes:
+        stem: of all of them.
+        suffix: of the weights, with its dot.
+    """
+
+    stem: str
+    suffix: str
+
+    @property
+    def single(self) -> str:
+        """The only file of weights."""
+        return self.stem + self.suffix
+
+    @property
+    def index(self) -> str:
+        """What says which of several files holds what."""
+        return f"{self.single}.index.json"
+
+    def shard(self, number: int, count: int) -> str:
+        """One of several files, counted from 1."""
+        return f"{self.stem}-{number:05d}-of-{count:05d}{self.suffix}"
+
+    def is_shard(self, name: str) -> bool:
+        """Whether a file is one of several."""
+        return re.fullmatch(rf"{re.escape(self.stem)}-\d{{5}}-of-\d{{5}}{re.escape(self.suffix)}", name) is not None
+
+
+# By framework, as that which `save_pretrained` writes.
+FORMATS = {
+    "pytorch": Format("model", ".safetensors"),
+    "flax": Format("flax_model", ".msgpack"),
+    "tf": Format("tf_model", ".h5"),
+}
+SINGLE, INDEX = FORMATS["pytorch"].single, FORMATS["pytorch"].index
+# What a directory may hold, by framework, the preferred first.
+FILES = {name: (one.single, one.index) for name, one in FORMATS.items()}
+FILES["pytorch"] += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+CANDIDATES = sum(FILES.values(), ())
 # What it may hold besides, and what to say about it.
 FOREIGN = {
-    "tf_model.h5": "TensorFlow weights, which formax does not read yet",
-    "flax_model.msgpack": "Flax weights, which formax does not read yet",
-    "flax_model.msgpack.index.json": "Flax weights, which formax does not read yet",
     "adapter_model.safetensors": "an adapter, which needs the model it belongs to",
 }
 # How files begin that get saved in the place of weights, or that other formats have.
@@ -52,9 +87,9 @@ MISTAKEN = (
         re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
         "a web page saved in the place of the weights; download the file itself (hub addresses: 'resolve', not 'blob')",
     ),
-    (re.compile(rb"\x89HDF\r\n"), "an HDF5 file (TensorFlow or Keras weights), which formax does not read yet"),
     (re.compile(rb"GGUF"), "a GGUF file, which formax does not read yet"),
 )
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5")
 MAX_INDEX = 100_000_000
 PYTORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 NO_FILES: Mapping[str, bytes] = MappingProxyType({})
@@ -78,7 +113,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     Attributes:
         path: What was opened.
-        format: "safetensors" or "torch".
+        format: "safetensors", "torch", "flax" or "tf".
+        framework: "pytorch", "flax" or "tf": whose names and layouts these are.
+        separator: what stands between the parts of a name.
         metadata: The `__metadata__` of safetensors files, the first file counting if several disagree; for PyTorch
             files the entries that are no tensors, as `torch_bin.read_torch_bin` says.
     """
@@ -87,6 +124,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Joins opened files that share no name."""
         self.path = path
         self.format = parts[0].format
+        self.framework = self.format if self.format in FORMATS else "pytorch"
+        self.separator = "." if self.framework == "pytorch" else "/"
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, tuple[TensorInfo, MappedFile, Region]] = {}
         self._closed = False
@@ -144,38 +183,47 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._tensors[name]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, framework: str | None = None) -> Checkpoint:
     """Opens a weights file, an index, or a directory that holds one.
 
-    In a directory the first of `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin` and
-    `pytorch_model.bin.index.json` is taken. The format of a file is told by its first bytes, not by its name.
+    In a directory the first of `CANDIDATES` is taken: safetensors, then PyTorch's pickles, Flax's MessagePack,
+    TensorFlow's HDF5; each as one file, or an index of several. The format of a file is told by its first bytes, not by
+    its name.
+
+    Args:
+        path: What to open.
+        framework: "pytorch", "flax" or "tf", to look for the files of that one alone.
 
     Raises:
         CheckpointError: naming the file, and the tensor if one is at fault.
+        ImportError: the format needs a package that is not installed.
     """
     path = Path(path)
-    file = _choose(path) if path.is_dir() else path
+    file = _choose(path, CANDIDATES if framework is None else FILES[framework]) if path.is_dir() else path
     if file.name.endswith(".index.json"):
         return Checkpoint(path, _open_index(file))
     return Checkpoint(path, [_open_file(file)])
 
 
-def _choose(directory: Path) -> Path:
+def _choose(directory: Path, candidates: tuple[str, ...]) -> Path:
     """The file of a directory to open."""
-    for name in CANDIDATES:
+    for name in candidates:
         if (directory / name).exists():
             return directory / name
     names = sorted(path.name for path in directory.iterdir())
     listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     notes = [f"{name} holds {what}" for name, what in FOREIGN.items() if name in names]
-    if any(SHARD.fullmatch(name) for name in names):
-        notes.append(f"the shards there need their {INDEX}")
+    for one in FORMATS.values():
+        if one.index in candidates and any(map(one.is_shard, names)):
+            notes.append(f"the shards there need their {one.index}")
+    if others := [name for name in CANDIDATES if name in names]:
+        notes.append(f"without from_pt=, from_flax= and from_tf= it opens {others[0]}")
     if left := [str(folder) for folder in leftovers_of(directory)]:
         notes.append(f"a save is under way or was interrupted, and its files are in {', '.join(left)}")
-    if alone := [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]:
+    if alone := [name for name in names if name.endswith(WEIGHTS) and name not in CANDIDATES]:
         notes.append(f"{alone[0]} is a weights file of another name; rename it to one of these")
     raise CheckpointError(
-        f"{directory}: no weights; expected one of {', '.join(CANDIDATES)}, found {listed or 'nothing'}"
+        f"{directory}: no weights; expected one of {', '.join(candidates)}, found {listed or 'nothing'}"
         + "".join(f"; {note}" for note in notes)
     )
 
@@ -197,10 +245,28 @@ def _open_file(path: Path) -> TensorFile:
     if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and not looks_like_safetensors(head):
         return read_torch_bin(file)
     if looks_like_safetensors(head) or path.suffix == ".safetensors":
-        return read_safetensors(file)
+        return _as_framework(read_safetensors(file))
+    if head.startswith(tf_h5.MAGIC):
+        return tf_h5.read_tf(file)
+    if flax_msgpack.looks_like_flax(head):
+        return flax_msgpack.read_flax(file)
     raise CheckpointError(
-        f"{path}: neither a safetensors file nor a PyTorch checkpoint; it begins with the bytes {head[:16]!r}"
+        f"{path}: neither safetensors nor a checkpoint of PyTorch, Flax or TensorFlow; it begins with the bytes "
+        f"{head[:16]!r}"
     )
+
+
+def _as_framework(part: TensorFile) -> TensorFile:
+    """A safetensors file as what its metadata says that it is: Flax's and TensorFlow's classes wrote some, too."""
+    match part.metadata.get("format"):
+        case "flax":
+            names = {name: flax_msgpack.plain_name(name.replace(".", "/")) for name in part.tensors}
+        case "tf":
+            names = {name: tf_h5.plain_name(name) for name in part.tensors}
+        case _:
+            return part
+    tensors = {names[name]: region for name, region in part.tensors.items()}
+    return TensorFile(part.file, part.metadata["format"], tensors, part.metadata)
 
 
 def _open_index(path: Path) -> list[TensorFile]:
@@ -223,9 +289,10 @@ def _open_index(path: Path) -> list[TensorFile]:
 
     parts = {place: _open_file(path.parent / place) for place in dict.fromkeys(places.values())}
     if len({part.format for part in parts.values()}) > 1:
-        raise CheckpointError(f"{path}: the index mixes safetensors and PyTorch files")
+        raise CheckpointError(f"{path}: the index mixes files of several formats")
+    plain = {"flax": flax_msgpack.plain_name, "tf": tf_h5.index_name}.get(next(iter(parts.values())).format, str)
     for name, place in places.items():
-        if name not in parts[place].tensors:
+        if plain(name) not in parts[place].tensors:
             raise CheckpointError(f"{path}: the index puts {name!r} into {place!r}, which does not hold it")
     # A file may hold tensors that the index does not list: no other program minds, and the model judges by name.
     holders: dict[str, str] = {}
@@ -254,14 +321,16 @@ def write_checkpoint(
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] = PYTORCH_METADATA,
     files: Mapping[str, bytes] = NO_FILES,
+    framework: str = "pytorch",
+    keras: tf_h5.Keras | None = None,
 ) -> list[Path]:
-    """Writes a checkpoint as safetensors, all of it or nothing, holding one tensor in memory at a time.
+    """Writes a checkpoint, all of it or nothing, holding one tensor in memory at a time.
 
     Everything is written beside and then moved into place. A new directory appears whole. In an existing one the
-    weights come first, then the index, then `files`; older weights that formax or `save_pretrained` wrote there are
-    removed, nothing else. A process killed before the moves leaves the old checkpoint as it was. One killed among the
-    moves, which take no longer than a few renames, leaves a checkpoint that opens with the old or the new weights, or
-    an error, never a mixture of both.
+    weights come first, then the index, then `files`; older weights in the same format that formax or `save_pretrained`
+    wrote there are removed, nothing else. A process killed before the moves leaves the old checkpoint as it was. One
+    killed among the moves, which take no longer than a few renames, leaves a checkpoint that opens with the old or the
+    new weights, or an error, never a mixture of both.
 
     Args:
         directory: Where to; missing parents are created.
@@ -271,6 +340,8 @@ def write_checkpoint(
             of its own.
         metadata: Strings for the header of each file.
         files: Contents of other files by their name (config.json and the like).
+        framework: "pytorch" for safetensors, "flax" for MessagePack, "tf" for HDF5.
+        keras: What the files of "tf" say besides.
 
     Returns:
         The files written.
@@ -280,49 +351,73 @@ def write_checkpoint(
             out of the directory, or if the disk refuses. What `fetch` raises is passed on.
     """
     directory = Path(directory)
-    limit = parse_size(max_shard_size)
+    limit, format = parse_size(max_shard_size), FORMATS[framework]
     declared = {name: check_storable(name, tensor) for name, tensor in tensors.items()}
-    shards = split(declared, limit)
+    shards = split(declared, limit, format)
     weights = list(shards)
     if len(shards) > 1:
-        weights.append(INDEX)
+        weights.append(format.index)
+    full = {name: name for name in declared}
+    if framework == "flax":
+        full = flax_msgpack.full_names(declared)
+    if framework == "tf":
+        keras = keras or tf_h5.Keras("model")
+        full = {name: tf_h5.full_name(name, keras.model) for name in declared}
+        for name, tensor in declared.items():
+            tf_h5.check_storable(name, tensor.dtype)
+    plain = {there: name for name, there in full.items()}
     for name in files:
-        if not _is_inside(name) or name in CANDIDATES or SHARD.fullmatch(name):
+        if not _is_inside(name) or name in CANDIDATES or any(one.is_shard(name) for one in FORMATS.values()):
             raise CheckpointError(
                 f"cannot save a file as {name!r}: it must lie in the directory and be none of the weights"
             )
 
     with Staging(directory) as staging:
         for shard, names in shards.items():
+            part = {name: declared[name] for name in names}
+            if keras is not None:
+                write_keras = tf_h5.write_tf if len(shards) == 1 else tf_h5.write_tf_shard
+                with staging.create(shard) as path:
+                    write_keras(path, part, fetch, keras)
+                continue
             with staging.open(shard) as write:
-                write_safetensors(write, {name: declared[name] for name in names}, fetch, metadata)
+                if framework == "flax":
+                    there = {full[name]: tensor for name, tensor in part.items()}
+                    flax_msgpack.write_flax(write, there, lambda name: fetch(plain[name]))
+                else:
+                    write_safetensors(write, part, fetch, metadata)
         if len(shards) > 1:
-            with staging.open(INDEX) as write:
-                write(_index(declared, shards))
+            with staging.open(format.index) as write:
+                write(
+                    _index(
+                        {full[name]: tensor for name, tensor in declared.items()},
+                        {shard: [full[name] for name in names] for shard, names in shards.items()},
+                    )
+                )
         for name, content in files.items():
             with staging.open(name) as write:
                 write(content)
-        staging.commit(_changes(directory, weights, list(files)))
+        staging.commit(_changes(directory, weights, list(files), format))
     return [directory / name for name in (*weights, *files)]
 
 
-def _changes(directory: Path, weights: list[str], files: list[str]) -> list[Change]:
+def _changes(directory: Path, weights: list[str], files: list[str], format: Format) -> list[Change]:
     """In which order to move the new files to a directory and to remove its old weights.
 
     At each step the directory opens as the old checkpoint or as the new one, or not at all.
     """
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    stale = sorted(name for name in names if name in (SINGLE, INDEX) or SHARD.fullmatch(name))
+    stale = sorted(name for name in names if name in (format.single, format.index) or format.is_shard(name))
     changes: list[Change] = []
-    if INDEX in names and set(weights) & set(stale) - {INDEX, SINGLE}:
+    if format.index in names and set(weights) & set(stale) - {format.index, format.single}:
         # The old index would name new shards among old ones.
-        changes.append(("remove", INDEX))
+        changes.append(("remove", format.index))
     changes += [("place", name) for name in weights]
     # A single file is preferred to an index: an old one has to go before the new weights are the ones that open.
-    if SINGLE in stale and SINGLE not in weights:
-        changes.append(("remove", SINGLE))
+    if format.single in stale and format.single not in weights:
+        changes.append(("remove", format.single))
     changes += [("place", name) for name in files]
-    changes += [("remove", name) for name in stale if name not in (*weights, SINGLE)]
+    changes += [("remove", name) for name in stale if name not in (*weights, format.single)]
     return changes
 
 
@@ -335,7 +430,7 @@ def _index(tensors: Mapping[str, Region], shards: Mapping[str, Sequence[str]]) -
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode("utf-8")
 
 
-def split(tensors: Mapping[str, Region], limit: int) -> dict[str, list[str]]:
+def split(tensors: Mapping[str, Region], limit: int, format: Format = FORMATS["pytorch"]) -> dict[str, list[str]]:
     """Divides tensors among files as `save_pretrained` of Hugging Face does: in order, a new file when the next one
     does not fit.
 
@@ -357,8 +452,8 @@ def split(tensors: Mapping[str, Region], limit: int) -> dict[str, list[str]]:
     if current or not shards:
         shards.append(current)
     if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+        return {format.single: shards[0]}
+    return {format.shard(number, len(shards)): names for number, names in enumerate(shards, 1)}
 
 
 def parse_size(size: int | str) -> int:

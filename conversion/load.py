@@ -137,6 +137,7 @@ def make_plan(
     ignore_mismatched: bool,
 ) -> Plan:
     """Decides for every leaf where it comes from, and refuses what does not fit; arguments as in `load_params`."""
+    bases = tuple(f"{base}{checkpoint.separator}" for base in bases)
     base, held = _base_of([entry.name for entry in table.entries], bases), _base_of(checkpoint, bases)
 
     def rename(name: str) -> str:
@@ -166,22 +167,24 @@ def make_plan(
     # A file without most of the model is another model, or the configuration is absurd: no head explains the rest.
     if rest and len(missing) <= len(found):
         others = siblings()
-        plain = {name.removeprefix(f"{one}.") for one in bases for name in others}
-        others |= plain | {f"{one}.{name}" for one in bases for name in plain}
+        plain = {name.removeprefix(one) for one in bases for name in others}
+        others |= plain | {f"{one}{name}" for one in bases for name in plain}
         left_out = [name for name in rest if name in others]
         rest = [name for name in rest if name not in others]
     if missing or (rest and strict):
         wanted = dict.fromkeys(name for entry in missing for name in entry.param.layout.names(rename(entry.name)))
         absent = [name for name in wanted if name not in checkpoint]
         raise CheckpointError(_complaint(checkpoint, absent, rest if strict else [], sorted(explained)))
-    initialised = tuple(entry.key for entry in fresh if entry.key not in mismatched)
+    # A count that no file holds starts at 0: nothing to report, let alone to train.
+    new = (entry for entry in fresh if entry.param.stored_as is None)
+    initialised = tuple(entry.key for entry in new if entry.key not in mismatched)
     return Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))
 
 
 def _base_of(names: Iterable[str], bases: Sequence[str]) -> str:
-    """The prefix, with its dot, under which these names hold the bare model; "" if they hold it without one."""
+    """The prefix under which these names hold the bare model; "" if they hold it without one."""
     held = list(names)
-    return next((f"{base}." for base in bases if any(name.startswith(f"{base}.") for name in held)), "")
+    return next((base for base in bases if any(name.startswith(base) for name in held)), "")
 
 
 def _find(checkpoint: Checkpoint, entry: Entry, table: specs.Table, rename: Callable[[str], str]) -> str | None:

@@ -34,12 +34,14 @@ class Region:
         dtype: Type of its elements, little-endian.
         offset: Byte of the file at which the first element starts.
         strides: Bytes from one element to the next along each axis; None means row-major and dense.
+        pieces: Where the parts of the flattened tensor lie, if the file does not hold it in one.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     offset: int
     strides: tuple[int, ...] | None = None
+    pieces: tuple[Region, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -107,12 +109,20 @@ class MappedFile:
         self.size = len(self.data)
 
     def array(self, region: Region) -> np.ndarray:
-        """A read-only view of a tensor in the map; no byte of it is read yet."""
+        """A read-only view of a tensor in the map; no byte of it is read yet. One in pieces is put together: a copy."""
+        if region.pieces:
+            whole = np.concatenate([self.array(piece).reshape(-1) for piece in region.pieces]).reshape(region.shape)
+            whole.flags.writeable = False
+            return whole
         strides = region.strides if region.nbytes else None
         return np.ndarray(region.shape, region.dtype, buffer=self.data, offset=region.offset, strides=strides)
 
     def release(self, region: Region) -> None:
         """Drops the whole pages inside a tensor from the resident set; they are read again when touched again."""
+        for piece in region.pieces:
+            self.release(piece)
+        if region.pieces:
+            return
         page = mmap.PAGESIZE
         start = -(-region.offset // page) * page
         stop = (region.offset + region.span) // page * page
@@ -126,7 +136,7 @@ class TensorFile:
 
     Attributes:
         file: The map.
-        format: "safetensors" or "torch".
+        format: "safetensors", "torch", "flax" or "tf".
         tensors: Where each tensor lies, in the order of the file.
         metadata: What else the file says.
     """

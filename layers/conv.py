@@ -30,7 +30,7 @@ def conv_spec(
     bias: bool = True,
     groups: int = 1,
     axes: tuple[str | None, str | None] = ("conv_in", "conv_out"),
-) -> Spec:
+) -> At:
     """`kernel` (*window, d_in / groups, d_out) and `bias` (d_out,), stored as (d_out, d_in / groups, *window).
 
     The number of dimensions is that of `window`.

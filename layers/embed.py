@@ -7,14 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from formax.core.spec import At, Initializer, Param, Spec
+from formax.core.spec import At, Initializer, Param
 
 
 def embedding_spec(
-    name: str, rows: int, size: int, *, init: Initializer, axes: tuple[str | None, str | None] = ("vocab", "embed")
-) -> Spec:
-    """`embedding` (rows, size), stored as `name.weight`."""
-    return At(name, {"embedding": Param((rows, size), axes, "weight", init)})
+    name: str,
+    rows: int,
+    size: int,
+    *,
+    init: Initializer,
+    axes: tuple[str | None, str | None] = ("vocab", "embed"),
+    tf: str | None = None,
+) -> At:
+    """`embedding` (rows, size), stored as `name.weight`; `tf` is what TensorFlow calls it if not "embeddings"."""
+    return At(name, {"embedding": Param((rows, size), axes, "weight", init, tf=tf)})
 
 
 def embed(p: dict[str, Any], ids: jax.Array) -> jax.Array:

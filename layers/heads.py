@@ -7,6 +7,7 @@ Each is made from the family's own `encode(p, c, input_ids, ..., key) -> (states
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -37,22 +38,27 @@ def with_heads(prefix: str, base: Callable[[Any], dict[str, Spec]], *heads: Call
 
 
 def linear_head(
-    name: str, labels: int | None = None, *, key: str = "head", bias: bool = True
+    name: str, labels: int | None = None, *, key: str = "head", bias: bool = True, tf: str | None = None
 ) -> Callable[[Any], dict[str, Spec]]:
-    """A linear map from the states to `labels` scores (the configuration's labels when None), stored as `name`."""
+    """A linear map from the states to `labels` scores (the configuration's labels when None), stored as `name`.
+
+    `tf` is the name in TensorFlow's checkpoints if it is another.
+    """
 
     def spec(c: Any) -> dict[str, Spec]:
         count = c.num_labels if labels is None else labels
         init = normal(c.initializer_range)
-        return {key: linear_spec(name, c.hidden_size, count, ("embed", None), init=init, bias=bias)}
+        made = linear_spec(name, c.hidden_size, count, ("embed", None), init=init, bias=bias)
+        return {key: replace(made, tf=tf)}
 
     return spec
 
 
-def words_spec(prefix: str, c: Any, *, names: tuple[str, str, str]) -> dict[str, Spec]:
+def words_spec(prefix: str, c: Any, *, names: tuple[str, str, str], tf: str | None = None) -> dict[str, Spec]:
     """Masked-word head: a transform, then the word table again (unless untied) and a bias for every word.
 
     `names` are the checkpoint's for the dense layer, its norm and the decoder; the bias is `bias`, also the decoder's.
+    `tf` takes the place of the prefix in TensorFlow's checkpoints, where heads are always tied.
     """
     init = normal(c.initializer_range)
     dense, layer_norm, decoder = names
@@ -61,10 +67,12 @@ def words_spec(prefix: str, c: Any, *, names: tuple[str, str, str]) -> dict[str,
         "dense": linear_spec(dense, c.hidden_size, c.hidden_size, ("embed", None), init=init),
         "norm": norm.layer_spec(layer_norm, c.hidden_size),
         "bias": Param((c.vocab_size,), ("vocab",), "bias"),
-        "decoder": Tied(f"{decoder}.weight", "embed.word.embedding") if c.tie_word_embeddings else untied,
+        "decoder": Tied(f"{decoder}.weight", "embed.word.embedding")
+        if c.tie_word_embeddings
+        else replace(untied, tf=""),
         "decoder_bias": Tied(f"{decoder}.bias", "head.bias"),
     }
-    return {"head": At(prefix, spec)}
+    return {"head": At(prefix, spec, tf=tf)}
 
 
 def words(p: dict[str, Any], c: Any, x: jax.Array) -> jax.Array:
@@ -76,15 +84,19 @@ def words(p: dict[str, Any], c: Any, x: jax.Array) -> jax.Array:
 
 
 def lm_head(
-    name: str = "lm_head", *, tied_to: str = "embed.word.embedding", bias: bool = False
+    name: str = "lm_head", *, tied_to: str = "embed.word.embedding", bias: bool = False, flax: str | None = None
 ) -> Callable[[Any], dict[str, Spec]]:
-    """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`."""
+    """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`.
+
+    `flax` is the name in Flax's checkpoints if it is another; in TensorFlow all are tied.
+    """
 
     def spec(c: Any) -> dict[str, Spec]:
         if c.tie_word_embeddings:
             return {"head": Tied(f"{name}.weight", tied_to)}
         init = normal(c.initializer_range)
-        return {"head": linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)}
+        own = linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
+        return {"head": replace(own, flax=flax, tf="")}
 
     return spec
 

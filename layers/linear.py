@@ -21,7 +21,7 @@ def linear_spec(
     init: Initializer,
     bias: bool = True,
     layout: Layout = TRANSPOSE,
-) -> Spec:
+) -> At:
     """`kernel` (d_in, d_out) and `bias` (d_out,), stored as PyTorch's `name.weight` (d_out, d_in) and `name.bias`."""
     spec: dict[str, Spec] = {"kernel": Param((d_in, d_out), axes, "weight", init, layout)}
     if bias:

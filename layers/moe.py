@@ -48,7 +48,7 @@ def gated_spec(
 
 
 def gated(
-    p: dict[str, Any], x: jax.Array, act: str, k: int, *, noise: float = 0.0, key: Any = None, name: str = "moe"
+    p: dict[str, Any], x: jax.Array, act: str, k: int, *, noise: float = 0.0, key: Any = None, name: str = "mlp"
 ) -> tuple[jax.Array, jax.Array]:
     """Every token through the k gated networks of its best experts: [B, T, E] -> ([B, T, E], logits [B, T, X]).
 

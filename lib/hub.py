@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*/config.json")
-WEIGHTS = (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin"))
+WEIGHTS = {
+    "pytorch": (("model.safetensors", "model-*.safetensors"), ("pytorch_model.bin", "pytorch_model-*.bin")),
+    "flax": (("flax_model.msgpack", "flax_model-*.msgpack"),),
+    "tf": (("tf_model.h5", "tf_model-*.h5"),),
+}
 
 
 class HubError(OSError):
@@ -89,16 +93,18 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def checkpoint(path_or_repo: str | Path, **where: Any) -> Path:
-    """The local folder of a whole checkpoint: configuration, tokenizer and weights, safetensors before pickles.
+def checkpoint(path_or_repo: str | Path, framework: str | None = None, **where: Any) -> Path:
+    """The local folder of a whole checkpoint: configuration, tokenizer and weights, safetensors before all others.
 
     A repository is always asked for all weights of a kind, so that a download that broke off is completed.
 
     Args:
         path_or_repo: as for `snapshot`.
+        framework: whose weights to take ("pytorch", "flax", "tf"); the first there are, by default.
         **where: its other arguments.
     """
-    for patterns in WEIGHTS:
+    kinds = sum(WEIGHTS.values(), ()) if framework is None else WEIGHTS[framework]
+    for patterns in kinds:
         folder = snapshot(path_or_repo, (*CONFIG_FILES, *patterns), **where)
         if any(any(folder.glob(pattern)) for pattern in patterns):
             break

@@ -15,7 +15,7 @@ import jax
 from formax import hub
 from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import LoadReport, load_params
-from formax.core import registry
+from formax.core import frameworks, registry
 from formax.core import spec as specs
 from formax.core.config import Config, ConfigError
 from formax.core.family import Architecture, Family
@@ -85,6 +85,9 @@ def load(
     strict: bool = True,
     ignore_mismatched_sizes: bool = False,
     output_loading_info: bool = False,
+    from_pt: bool = False,
+    from_flax: bool = False,
+    from_tf: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -106,6 +109,9 @@ def load(
         strict: raise on tensors that nothing explains.
         ignore_mismatched_sizes: initialise parameters of another shape instead of raising.
         output_loading_info: also return the `LoadReport`.
+        from_pt: read PyTorch's weights (safetensors or pickles), whatever else the folder holds.
+        from_flax: read Flax's weights (MessagePack).
+        from_tf: read TensorFlow's weights (HDF5, with h5py). By default the first of the three that there is.
         revision: branch, tag or commit on the hub.
         cache_dir: the hub's cache folder.
         local_files_only: never ask the hub.
@@ -120,9 +126,12 @@ def load(
     """
     if dtype is None:
         dtype = torch_dtype
-    folder = hub.checkpoint(
-        path_or_repo, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-    )
+    picked = [name for name, on in {"pytorch": from_pt, "flax": from_flax, "tf": from_tf}.items() if on]
+    if len(picked) > 1:
+        raise ValueError("from_pt, from_flax and from_tf name one kind of weights each: give at most one of them")
+    framework = picked[0] if picked else None
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    folder = hub.checkpoint(path_or_repo, framework, local_files_only=local_files_only, **where)
     if config is None:
         config = read_config(folder, **overrides)
     elif isinstance(config, Config):
@@ -133,13 +142,16 @@ def load(
     found, family, inner = choose(whole, config, task, architecture)
     spec = spec_of(found, inner)
 
-    def siblings() -> set[str]:
-        return family.known_names(inner) | (set() if whole is family else whole.known_names(config))
+    with open_checkpoint(folder, framework) as checkpoint:
+        theirs = checkpoint.framework
 
-    with open_checkpoint(folder) as checkpoint:
+        def siblings() -> set[str]:
+            names = frameworks.known_names(family, inner, theirs)
+            return names | (set() if whole is family else frameworks.known_names(whole, config, theirs))
+
         params, report = load_params(
             checkpoint,
-            spec,
+            spec if theirs == "pytorch" else frameworks.respell(spec, family, theirs).spec,
             bases=family.bases(found),
             siblings=siblings,
             dtype=None if dtype == "auto" else dtype,

@@ -70,6 +70,7 @@ class Model:
         architecture: what is computed.
         family: where it belongs.
         interventions: changes of inner values in force (`formax.intervene`).
+        remat: layers are computed again in the backward pass, which needs the memory of one instead of all of them.
     """
 
     params: Tree
@@ -77,6 +78,7 @@ class Model:
     architecture: Architecture
     family: Family
     interventions: tuple[Intervention, ...] = ()
+    remat: bool = False
 
     # --- calling
 
@@ -195,8 +197,10 @@ class Model:
         """Empty caches for decoding: room for `length` positions, and for an encoder's states where there is one.
 
         Raises:
-            TypeError: the family does not decode.
+            TypeError: the family does not decode, or the layers are stacked.
         """
+        if self._is_stacked:
+            raise TypeError("decoding step by step wants the layers one by one: unstack_layers() first")
         make = self.family.init_cache
         cache = None if make is None else make(self.config, batch, length, encoder_length, dtype)
         if cache is None:
@@ -224,6 +228,30 @@ class Model:
         }
         return replace(self, params=specs.unflatten(cast), config=self.config.replace(dtype=to.name))
 
+    def stack_layers(self) -> Self:
+        """A copy whose layers are stacked, each parameter with a first axis "layers": they run as one compiled loop.
+
+        That compiles in the time of one layer, however many there are. It is for training: decoding with a cache wants
+        them one by one (`unstack_layers`). `save_pretrained` writes the same files for both.
+
+        Raises:
+            ValueError: the layers are not equal, or there are none.
+        """
+        if self._is_stacked:
+            return self
+        stacked = replace(self, params=specs.stack_layers(self.params))
+        if not stacked._is_stacked:
+            raise ValueError(f"{self.architecture.name} has no layers to stack")
+        return stacked
+
+    def unstack_layers(self) -> Self:
+        """Inverse of `stack_layers`."""
+        return replace(self, params=specs.unstack_layers(self.params)) if self._is_stacked else self
+
+    @property
+    def _is_stacked(self) -> bool:
+        return any("layers" in entry.param.axes for entry in specs.table(self.spec).entries)
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Number of scalars in the tree (tied weights once); without buffers if `only_trainable`."""
         total = sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(self.params))
@@ -234,8 +262,8 @@ class Model:
 
     @property
     def spec(self) -> specs.Spec:
-        """The declaration of this model's parameters."""
-        return self.architecture.spec(self.config)
+        """The declaration of this model's parameters, stacked where these are."""
+        return specs.as_held(self.architecture.spec(self.config), self.params)
 
     def describe(self) -> str:
         """The parameter table: path, shape, dtype, logical axes, checkpoint name."""
@@ -279,21 +307,25 @@ class Model:
 
     # --- saving
 
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "5GB") -> list[Path]:
-        """Writes config.json and safetensors that transformers opens, bit for bit.
+    def save_pretrained(
+        self, directory: str | Path, *, max_shard_size: int | str = "5GB", format: str = "pytorch"
+    ) -> list[Path]:
+        """Writes config.json and weights that transformers opens, bit for bit.
 
         The directory is replaced file by file once everything is written: a save that dies leaves the old checkpoint.
 
         Args:
             directory: made when missing.
             max_shard_size: bytes, or text such as "5GB"; more than this is split into numbered files with an index.
+            format: "pytorch" for safetensors; "flax" (MessagePack) and "tf" (HDF5, with h5py) for the classes of these
+                frameworks that transformers 4 had.
 
         Returns:
             The files written.
         """
         from formax.saving import save
 
-        return save(self, Path(directory), max_shard_size)
+        return save(self, Path(directory), max_shard_size, format)
 
     def __repr__(self) -> str:
         return f"{self.architecture.name}({self.num_parameters():,} parameters)"
@@ -321,7 +353,7 @@ class Model:
 
 
 jax.tree_util.register_dataclass(
-    Model, data_fields=["params"], meta_fields=["config", "architecture", "family", "interventions"]
+    Model, data_fields=["params"], meta_fields=["config", "architecture", "family", "interventions", "remat"]
 )
 
 
@@ -350,7 +382,7 @@ def _forward(
             Intervention(pattern, _head_factors(name, factor), indexed=True, required=False) for pattern in masked[name]
         )
     states = tuple(pattern for found in fields.values() for pattern in found)
-    with watch(patterns, interventions, optional=(*optional, *states)) as seen:
+    with specs.rematerialised(model.remat), watch(patterns, interventions, optional=(*optional, *states)) as seen:
         arguments = {**arrays, **dict(static)}
         if key is not None:
             arguments["key"] = key

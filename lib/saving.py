@@ -7,23 +7,42 @@ from pathlib import Path
 
 import jax
 
-from formax.conversion.checkpoint import write_checkpoint
+from formax.conversion.checkpoint import FORMATS, write_checkpoint
 from formax.conversion.load import stored_tensors
+from formax.conversion.tf_h5 import Keras, model_name
+from formax.core import frameworks
 from formax.model import Model
 
 
-def save(model: Model, directory: Path, max_shard_size: int | str) -> list[Path]:
+def save(model: Model, directory: Path, max_shard_size: int | str, format: str = "pytorch") -> list[Path]:
     """See `Model.save_pretrained`."""
     if model.interventions:
         raise ValueError(
             "this model carries interventions, which no checkpoint can hold; save the one it was made from"
         )
-    tensors, fetch = stored_tensors(model.spec, model.params)
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is none of {', '.join(map(repr, FORMATS))}")
+    model = model.unstack_layers()
+    spec = model.spec
+    left_out: frozenset[str] = frozenset()
+    keras = None
+    if format == "tf":
+        keras = Keras(model_name(model.architecture.name), frameworks.port(model.family, format).repeats)
+    if format != "pytorch":
+        spec, left_out = frameworks.to_write(spec, model.family, model.architecture, model.config, format)
+    tensors, fetch = stored_tensors(spec, model.params)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
     config = model.config.replace(
         architectures=(model.architecture.name,), dtype=dtypes.pop() if len(dtypes) == 1 else model.config.dtype
     )
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
     return write_checkpoint(
-        directory.expanduser(), tensors, fetch, max_shard_size=max_shard_size, files={"config.json": text.encode()}
+        directory.expanduser(),
+        tensors,
+        fetch,
+        max_shard_size=max_shard_size,
+        files={"config.json": text.encode()},
+        framework=format,
+        keras=keras,
     )

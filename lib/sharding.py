@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from formax.core import spec as specs
 from formax.core.spec import Spec, Tree
+from formax.model import Model
 
 Rules = Sequence[tuple[str, str | tuple[str, ...]]]
 
@@ -33,6 +35,8 @@ DEFAULT_RULES: Rules = (
     ("conv_in", "fsdp"),
     ("state", "tensor"),
 )
+# Mesh axes over which the rows of a batch are split, of those that a mesh has.
+BATCH_AXES = ("data", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -103,3 +107,22 @@ def make_mesh(**axes: int) -> Mesh:
     """A device mesh with automatic axes: `make_mesh(fsdp=4, tensor=2)`."""
     kinds = (jax.sharding.AxisType.Auto,) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+
+
+def shard(model: Model, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Model:
+    """A copy of a model whose parameters are split over a mesh; `formax.from_pretrained` can read it so, too."""
+    return model.replace(params=jax.device_put(model.params, shardings(model.spec, mesh, rules)))
+
+
+def shard_batch(batch: Mapping[str, Any], mesh: Mesh, axes: Sequence[str] = BATCH_AXES) -> dict[str, jax.Array]:
+    """A batch whose rows, the first dimension of every array, are split over those of `axes` that the mesh has.
+
+    Raises:
+        ValueError: rows that cannot be split evenly.
+    """
+    names = tuple(name for name in axes if name in mesh.axis_names)
+    ways = math.prod(mesh.shape[name] for name in names)
+    for name, x in batch.items():
+        if jnp.ndim(x) == 0 or len(x) % ways:
+            raise ValueError(f"{name} {jnp.shape(x)} has no rows for {ways} devices ({', '.join(names)})")
+    return jax.device_put(dict(batch), NamedSharding(mesh, PartitionSpec(names)))

@@ -15,9 +15,25 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+import jax
+import pytest
 from hypothesis import settings
 
 # The first call of a jitted function takes as long as its compilation: a deadline would judge the compiler.
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# Every compiled program is some forty mappings of memory, of which Linux grants a process 65,530: the suite would crash
+# when they are used up, since JAX keeps all programs for good.
+KEPT_TESTS = 100
+_since_cleared = 0
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Lets compiled programs go now and then; those needed again are read from the cache on disk."""
+    global _since_cleared
+    _since_cleared += 1
+    if _since_cleared >= KEPT_TESTS:
+        jax.clear_caches()
+        _since_cleared = 0

@@ -229,7 +229,7 @@ def test_the_balancing_loss_trains_the_routers() -> None:
         return aux
 
     slopes = jax.jit(jax.grad(loss))(params)
-    assert all(np.abs(layer["moe"]["router"]["kernel"]).max() > 1e-4 for layer in slopes["layers"])
+    assert all(np.abs(layer["mlp"]["router"]["kernel"]).max() > 1e-4 for layer in slopes["layers"])
 
 
 def test_without_layers() -> None:

@@ -13,7 +13,8 @@ from formax.core.spec import At, Initializer, Param, Spec
 
 def relative_key_spec(name: str, max_positions: int, head_dim: int, init: Initializer) -> Spec:
     """A vector for every distance from -(max_positions - 1) to max_positions - 1, shared by all heads."""
-    return At(name, {"embedding": Param((2 * max_positions - 1, head_dim), (None, None), "weight", init)})
+    table = Param((2 * max_positions - 1, head_dim), (None, None), "weight", init)
+    return At(name, {"embedding": table}, flax="", tf="")
 
 
 def relative_key_bias(p: dict[str, Any], q: jax.Array, k: jax.Array, *, key_too: bool, q_offset: Any = 0) -> jax.Array:

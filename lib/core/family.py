@@ -39,6 +39,29 @@ class Architecture:
     collected: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Port:
+    """What another framework's classes have of a family; `formax.core.frameworks` has the rules of their names.
+
+    Attributes:
+        architectures: names of those there are, as PyTorch's classes are called; None for all.
+        base: prefix of the bare model in TensorFlow, where it is not the family's.
+        numbered: what stands before a layer's number in TensorFlow's names.
+        repeats: {layer: prefix of names}: layers of TensorFlow's models that list another's parameters as theirs, too.
+        lacks: says of a configuration which of its fields have a value that the framework does not implement.
+    """
+
+    architectures: tuple[str, ...] | None = None
+    base: str | None = None
+    numbered: str = "_._"
+    repeats: Mapping[str, str] = field(default_factory=dict)
+    lacks: Callable[[Any], Mapping[str, bool]] = lambda c: {}
+
+    def has(self, architecture: Architecture) -> bool:
+        """Whether there is this one."""
+        return self.architectures is None or architecture.name in self.architectures
+
+
 @dataclass(frozen=True, eq=False)
 class Family:
     """A model type with all its architectures.
@@ -52,6 +75,8 @@ class Family:
         relative: model type of the family that this one is a small step from.
         init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode; it gives None
             for a configuration that does not.
+        flax: what Flax has of it; None for nothing.
+        tf: what TensorFlow has of it.
     """
 
     model_type: str
@@ -61,6 +86,8 @@ class Family:
     architectures: tuple[Architecture, ...]
     init_cache: Callable[..., Any] | None = None
     relative: str | None = None
+    flax: Port | None = None
+    tf: Port | None = None
 
     def __post_init__(self) -> None:
         if self.config.model_type != self.model_type:

@@ -91,6 +91,29 @@ class PreTrainingOutput(Output):
 
 
 @output
+class MoeModelOutput(Output):
+    """States [B, T, H] of a mixture of experts; `router_logits`, when asked for, one [B * T, experts] a layer."""
+
+    last_hidden_state: Array
+    cache: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    router_logits: tuple[Array, ...] | None = None
+
+
+@output
+class MoeLogitsOutput(Output):
+    """`logits` [B, T, V]; `router_logits` and `aux_loss`, how unevenly the experts are used, when asked for."""
+
+    logits: Array
+    aux_loss: Array | None = None
+    cache: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    router_logits: tuple[Array, ...] | None = None
+
+
+@output
 class MaskedImageModelingOutput(Output):
     """`reconstruction` [B, C, height, width] of the pixels, the masked ones among them."""
 

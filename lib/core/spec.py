@@ -15,8 +15,11 @@ by `At`.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -72,6 +75,9 @@ class Param:
         buffer: state rather than weight (running statistics): read and written, never trained.
         stored_as: integer dtype of the stored tensor ("int64"). The leaf is then float32 whatever the model's dtype, so
             that gradients of whole models exist; it is exact up to 2**24.
+        flax: last part of the name in Flax's checkpoints, where `formax.core.frameworks` has no rule for it; "" says
+            that Flax has no such parameter.
+        tf: the same for TensorFlow's.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +89,8 @@ class Param:
     optional: bool = False
     buffer: bool = False
     stored_as: str | None = None
+    flax: str | None = None
+    tf: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
@@ -98,10 +106,16 @@ class Param:
 
 @dataclass(frozen=True)
 class At:
-    """Puts `prefix` before the checkpoint names of everything in `spec`; leaves the tree as it is."""
+    """Puts `prefix` before the checkpoint names of everything in `spec`; leaves the tree as it is.
+
+    `flax` and `tf` take its place in those frameworks' checkpoints where they differ: "" says that there is nothing of
+    it there, a name that begins with a slash stands alone, without the prefixes around.
+    """
 
     prefix: str
     spec: Spec
+    flax: str | None = None
+    tf: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,9 +153,9 @@ def stack_of(prefix: str, specs: Sequence[Spec]) -> tuple[Spec, ...]:
 def optional(spec: Spec) -> Spec:
     """Everything in `spec` may be missing from a checkpoint; it is then initialised and reported."""
     if isinstance(spec, Param):
-        return Param(**{**vars(spec), "optional": True})
+        return replace(spec, optional=True)
     if isinstance(spec, At):
-        return At(spec.prefix, optional(spec.spec))
+        return replace(spec, spec=optional(spec.spec))
     if isinstance(spec, Mapping):
         return {key: optional(part) for key, part in spec.items()}
     if isinstance(spec, tuple):
@@ -404,6 +418,87 @@ def unstack(layers: Tree) -> tuple[Tree, ...]:
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count))
 
 
+def stack_layers(tree: Tree) -> Tree:
+    """The tree with every tuple under a key `layers`, which is what `fold` runs over, stacked.
+
+    Raises:
+        ValueError: some layers differ.
+    """
+    if not isinstance(tree, Mapping):
+        return tree
+    stacks = {key: key == "layers" and isinstance(part, tuple) for key, part in tree.items()}
+    return {key: stack(part) if stacks[key] else stack_layers(part) for key, part in tree.items()}
+
+
+def unstack_layers(tree: Tree) -> Tree:
+    """Inverse of `stack_layers`."""
+    if not isinstance(tree, Mapping):
+        return tree
+    stacks = {key: key == "layers" and isinstance(part, Mapping) for key, part in tree.items()}
+    return {key: unstack(part) if stacks[key] else unstack_layers(part) for key, part in tree.items()}
+
+
+def as_held(spec: Spec, tree: Tree) -> Spec:
+    """The spec of a tree whose layers may be stacked: parameters of a stack have a first axis "layers".
+
+    It says shapes, axes and what is trained. Checkpoints hold layers one by one, so the names of a stack, with `*` for
+    the layer's number, are for reading only.
+    """
+    if isinstance(spec, At):
+        return replace(spec, spec=as_held(spec.spec, tree))
+    if isinstance(spec, tuple) and isinstance(tree, Mapping):
+        return _stack_spec(spec)
+    if isinstance(spec, tuple) and isinstance(tree, tuple):
+        return (*map(as_held, spec, tree), *spec[len(tree) :])
+    if isinstance(spec, Mapping) and isinstance(tree, Mapping):
+        return {key: as_held(part, tree[key]) if key in tree else part for key, part in spec.items()}
+    return spec
+
+
+def _stack_spec(layers: Sequence[Spec]) -> Spec:
+    """The spec of equal layers that are stacked."""
+
+    def visit(node: Spec) -> Spec:
+        if isinstance(node, Param):
+            shape, axes = (len(layers), *node.shape), ("layers", *node.axes)
+            return replace(node, shape=shape, axes=axes, init=_each(node.init))
+        if isinstance(node, At):
+            return replace(node, spec=visit(node.spec))
+        if isinstance(node, Mapping):
+            return {key: visit(part) for key, part in node.items()}
+        return tuple(map(visit, node)) if isinstance(node, tuple) else node
+
+    first = layers[0]
+    return visit(replace(first, prefix=re.sub(r"\b0$", "*", first.prefix)) if isinstance(first, At) else first)
+
+
+@lru_cache(maxsize=256)
+def _each(init: Initializer) -> Initializer:
+    """The initialiser of a stack of what `init` makes."""
+
+    def draw(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        return jax.vmap(lambda one: init(one, shape[1:], dtype))(jax.random.split(key, shape[0]))
+
+    return draw
+
+
+_remat: ContextVar[bool] = ContextVar("formax_remat", default=False)
+
+
+@contextmanager
+def rematerialised(on: bool) -> Iterator[None]:
+    """Every `fold` that is traced inside recomputes its blocks in the backward pass, if `on`.
+
+    What was compiled before does not look here again: `on` must be part of what a program is compiled for, as
+    `Model.remat` is.
+    """
+    token = _remat.set(on)
+    try:
+        yield
+    finally:
+        _remat.reset(token)
+
+
 def fold(
     block: Callable[..., tuple[Any, Any]],
     layers: Tree,
@@ -412,7 +507,7 @@ def fold(
     cache: Any = None,
     key: jax.Array | None = None,
     data: Any = None,
-    remat: bool = False,
+    remat: bool | None = None,
     name: str = "layers",
 ) -> tuple[Any, Any]:
     """Runs `x` through all layers: unrolled over a tuple of them, scanned over a stacked tree (`stack`).
@@ -424,7 +519,8 @@ def fold(
         cache: per-layer caches, a tuple or stacked as the layers are; None for none.
         key: random key for dropout, folded with the layer's number; None turns dropout off.
         data: what differs from layer to layer besides parameters, a tuple with an entry a layer.
-        remat: recompute the block in the backward pass instead of storing its activations.
+        remat: recompute the block in the backward pass instead of storing its activations; None does what the model
+            is set to (`Model.remat`).
         name: scope of the taps inside, "layers" -> "layers.0.attn.weights".
 
     Returns:
@@ -434,6 +530,7 @@ def fold(
     Raises:
         ValueError: another number of caches or data than of layers.
     """
+    remat = _remat.get() if remat is None else remat
 
     def run(p: Tree, x: Any, cache: Any, key: jax.Array | None, data: Any) -> tuple[Any, Any]:
         out, cache = block(p, x, cache, key) if data is None else block(p, x, cache, key, data)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.layout import CONV_1D, Reshape
 from formax.core.outputs import LogitsOutput, Output, output
 from formax.core.rng import split
-from formax.core.spec import At, Entry, Param, Spec, fold, normal, stack_of, table
+from formax.core.spec import At, Entry, Ignored, Param, Spec, fold, normal, stack_of, table
 from formax.layers import mlp, norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
@@ -250,7 +250,7 @@ def block_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
     }
     if c.do_stable_layer_norm and c.adapter_attn_dim is not None:
         adapter = mlp.dense_spec(e, c.adapter_attn_dim, ("linear_1", "linear_2"), init=init)
-        spec["adapter"] = At("adapter_layer", {"norm": norm.layer_spec("norm", e), **adapter})
+        spec["adapter"] = At("adapter_layer", {"norm": norm.layer_spec("norm", e), **adapter}, flax="", tf="")
     return spec
 
 
@@ -319,12 +319,14 @@ def model_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
     }
     if c.mask_time_prob > 0 or c.mask_feature_prob > 0:
         first["masked"] = Param((e,), ("embed",), "masked_spec_embed", UNIT, optional=True)
+    else:
+        first["masked"] = Ignored("masked_spec_embed")
     spec: dict[str, Spec] = {
         "embed": first,
         "layers": stack_of("encoder.layers", [block_spec(c)] * c.num_hidden_layers),
     }
     (spec if c.do_stable_layer_norm else first)["norm"] = norm.layer_spec("encoder.layer_norm", e)
-    return spec | ({"adapter": At("adapter", adapter_spec(c))} if c.add_adapter else {})
+    return spec | ({"adapter": At("adapter", adapter_spec(c), tf="")} if c.add_adapter else {})
 
 
 def hide(p: Any, c: Wav2Vec2Config, x: jax.Array, given: Any, real: Any, key: Any) -> jax.Array:
@@ -618,5 +620,14 @@ FAMILY = Family(
             frame_classification,
         ),
         Architecture("Wav2Vec2ForXVector", "ForAudioXVector", _with(_weights, xvector_spec), xvector),
+    ),
+    flax=Port(
+        ("Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForPreTraining"),
+        lacks=lambda c: {"do_stable_layer_norm": not c.do_stable_layer_norm},
+    ),
+    tf=Port(
+        ("Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForSequenceClassification"),
+        numbered=".",
+        lacks=lambda c: {"conv_dim": len(set(c.conv_dim)) > 1},
     ),
 )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
@@ -114,7 +114,8 @@ def stack_spec(c: WhisperConfig, part: str, embeddings: Spec) -> Spec:
 def encoder_spec(c: WhisperConfig) -> dict[str, Spec]:
     """Convolutions, positions and layers."""
     make = partial(conv_spec, d_out=c.d_model, window=(3,), init=normal(c.init_std))
-    table = Param((c.max_source_positions, c.d_model), (None, "embed"), "weight", sinusoids, buffer=True)
+    shape = (c.max_source_positions, c.d_model)
+    table = Param(shape, (None, "embed"), "weight", sinusoids, buffer=True, tf="weight")
     embeddings = {
         "conv1": make("conv1", c.num_mel_bins),
         "conv2": make("conv2", c.d_model),
@@ -126,7 +127,7 @@ def encoder_spec(c: WhisperConfig) -> dict[str, Spec]:
 def decoder_spec(c: WhisperConfig) -> dict[str, Spec]:
     """Words, positions and layers."""
     table = partial(embed.embedding_spec, size=c.d_model, init=normal(c.init_std))
-    position = table("embed_positions", c.max_target_positions, axes=(None, "embed"))
+    position = table("embed_positions", c.max_target_positions, axes=(None, "embed"), tf="weight")
     return {
         "embed": {"word": table("decoder.embed_tokens", c.vocab_size)},
         "decoder": stack_spec(c, "decoder", {"position": position}),
@@ -286,7 +287,7 @@ def classifier_spec(c: WhisperConfig) -> dict[str, Spec]:
     return {**encoder_spec(c), **{key: optional(part) for key, part in ends.items()}}
 
 
-_words = heads.lm_head("proj_out")
+_words = heads.lm_head("proj_out", flax="lm_head")
 _seq2seq = partial(Architecture, methods={"encode": encode})
 
 FAMILY = Family(
@@ -327,4 +328,6 @@ FAMILY = Family(
             collected=ALONE,
         ),
     ),
+    flax=Port(("WhisperModel", "WhisperForConditionalGeneration", "WhisperForAudioClassification")),
+    tf=Port(("WhisperModel", "WhisperForConditionalGeneration"), numbered="."),
 )

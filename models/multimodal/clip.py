@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.frozen import FrozenDict
 from formax.core.outputs import Array, BaseModelOutput, LogitsOutput, Output, output
 from formax.core.rng import split
@@ -174,7 +174,7 @@ def text_spec(c: CLIPTextConfig) -> dict[str, Spec]:
     """Embeddings, layers and the last norm."""
     init = normal(c.initializer_factor * 0.02)
     embeddings = {
-        "word": embed.embedding_spec("token_embedding", c.vocab_size, c.hidden_size, init=init),
+        "word": embed.embedding_spec("token_embedding", c.vocab_size, c.hidden_size, init=init, tf="weight"),
         "position": embed.embedding_spec(
             "position_embedding", c.max_position_embeddings, c.hidden_size, init=init, axes=(None, "embed")
         ),
@@ -403,6 +403,8 @@ TEXT = Family(
             text_projection,
         ),
     ),
+    flax=Port(("CLIPTextModel", "CLIPTextModelWithProjection")),
+    tf=Port(("CLIPTextModel",), base="clip"),
 )
 VISION = Family(
     "clip_vision_model",
@@ -418,6 +420,8 @@ VISION = Family(
             vision_projection,
         ),
     ),
+    flax=Port(("CLIPVisionModel",)),
+    tf=Port(("CLIPVisionModel",), base="clip"),
 )
 FAMILY = Family(
     "clip",
@@ -442,4 +446,6 @@ FAMILY = Family(
             inputs=image_classification,
         ),
     ),
+    flax=Port(("CLIPModel",)),
+    tf=Port(("CLIPModel",), base="clip"),
 )

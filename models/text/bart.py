@@ -6,6 +6,7 @@ and a decoder that looks at the encoder's states; all of one word table, which i
 encoder-decoders of text descend from it, and differ in where the norms are and how positions are told.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.frozen import FrozenDict
 from formax.core.layout import Reshape
 from formax.core.outputs import BaseModelOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
@@ -156,8 +157,9 @@ def part_spec(c: BartConfig, part: str) -> dict[str, Spec]:
 def model_spec(c: BartConfig) -> dict[str, Spec]:
     """Words, encoder and decoder. Untied, both have words of their own, and the shared ones are kept and never read."""
     table = partial(embed.embedding_spec, rows=c.vocab_size, size=c.d_model, init=normal(c.init_std))
-    word = Tied("embed_tokens.weight", "embed.word.embedding") if c.tie_word_embeddings else table("embed_tokens")
-    spec: dict[str, Spec] = {"embed": {"word": table("shared")}}
+    own = replace(table("embed_tokens"), flax="", tf="")
+    word = Tied("embed_tokens.weight", "embed.word.embedding") if c.tie_word_embeddings else own
+    spec: dict[str, Spec] = {"embed": {"word": replace(table("shared"), tf="/model.shared")}}
     for part in ("encoder", "decoder"):
         spec[part] = At(part, part_spec(c, part) | {"word": optional(word)})
     return spec
@@ -317,6 +319,8 @@ ALONE = {
 
 _whole, _seq2seq = partial(heads.with_heads, "model", model_spec), partial(Architecture, methods={"encode": encode})
 
+_BOTH = ("ForConditionalGeneration", "ForSequenceClassification")
+
 FAMILY = Family(
     "bart",
     BartConfig,
@@ -350,4 +354,8 @@ FAMILY = Family(
             collected=ALONE,
         ),
     ),
+    flax=Port(
+        tuple(f"Bart{head}" for head in ("Model", *_BOTH, "ForQuestionAnswering", "ForCausalLM")),
+    ),
+    tf=Port(tuple(f"Bart{head}" for head in ("Model", *_BOTH)), numbered="."),
 )

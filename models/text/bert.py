@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, optional, stack_of
@@ -115,7 +115,7 @@ def encoder_spec(c: BertConfig) -> dict[str, Spec]:
     """Embeddings and layers."""
     table = partial(embed.embedding_spec, size=c.hidden_size, init=normal(c.initializer_range))
     embeddings = {
-        "word": table("word_embeddings", c.vocab_size),
+        "word": table("word_embeddings", c.vocab_size, tf="weight"),
         "position": table("position_embeddings", c.max_position_embeddings, axes=(None, "embed")),
         "token_type": table("token_type_embeddings", c.type_vocab_size, axes=(None, "embed")),
         "norm": norm.layer_spec("LayerNorm", c.hidden_size),
@@ -219,8 +219,9 @@ def init_cache(c: BertConfig, batch: int, length: int, encoder_length: int, dtyp
 
 
 _plain, _pooled = partial(heads.with_heads, "bert", encoder_spec), partial(heads.with_heads, "bert", model_spec)
-_words = partial(heads.words_spec, "cls.predictions", names=("transform.dense", "transform.LayerNorm", "decoder"))
-_pair = heads.linear_head("cls.seq_relationship", 2, key="pair")
+_names = ("transform.dense", "transform.LayerNorm", "decoder")
+_words = partial(heads.words_spec, "cls.predictions", names=_names, tf="mlm___cls.predictions")
+_pair = heads.linear_head("cls.seq_relationship", 2, key="pair", tf="nsp___cls.seq_relationship")
 
 FAMILY = Family(
     "bert",
@@ -236,4 +237,6 @@ FAMILY = Family(
         Architecture("BertForNextSentencePrediction", "ForNextSentencePrediction", _pooled(_pair), next_sentence),
         *heads.label_heads("Bert", _plain, _pooled, encode, summary),
     ),
+    flax=Port(),
+    tf=Port(repeats={"mlm___cls": "bert/embeddings/"}),
 )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.layout import SAME
 from formax.core.outputs import Array, BaseModelOutput, Output, output
 from formax.core.rng import split
@@ -255,4 +255,6 @@ FAMILY = Family(
         *heads.decoder_heads("GPT2", "transformer", model_spec, decode, lm="LMHeadModel", token="classifier"),
         Architecture("GPT2DoubleHeadsModel", "ForDoubleHeads", double_spec, double_heads, inputs=double_heads),
     ),
+    flax=Port(("GPT2Model", "GPT2LMHeadModel")),
+    tf=Port(("GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification")),
 )

@@ -120,7 +120,7 @@ def mixer(p: Any, x: jax.Array, act: str, seen: jax.Array | None, cache: MambaCa
     """Gate, convolution, recurrence: [B, T, E] -> ([B, T, E], cache).
 
     `seen` [B, T, 1] is zero where there is padding, which enters neither the convolution nor the state. Taps, under
-    `mixer`: `conv`, `step`, `ssm`, `out`.
+    `mixer`: `conv`, `step`, `state` (after the last position), `ssm`, `out`.
     """
     act_of = activation(act)
     with tap.scope("mixer"):
@@ -132,6 +132,7 @@ def mixer(p: Any, x: jax.Array, act: str, seen: jax.Array | None, cache: MambaCa
         a = -jnp.exp(p["a_log"].astype(jnp.float32))
         b, c = linear(p["b"], u), linear(p["c"], u)
         y, state = ssm.selective_scan(u, step, a, b, c, None if cache is None else cache.state)
+        state = tap.tap("state", state)
         y = tap.tap("ssm", y + u * p["d"].astype(u.dtype))
         if cache is not None:
             cache = MambaCache(before.astype(cache.conv.dtype), state, cache.length + x.shape[1])
@@ -166,9 +167,8 @@ def encode(
     x = x.astype(jnp.float32) if c.residual_in_fp32 else x
 
     def block(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        h, cache = mixer(
-            p["mixer"], norm.rms(p["mixer_norm"], x.astype(dtype), c.layer_norm_epsilon), c.hidden_act, seen, cache
-        )
+        h = norm.rms(p["mixer_norm"], x.astype(dtype), c.layer_norm_epsilon)
+        h, cache = mixer(p["mixer"], h, c.hidden_act, seen, cache)
         return x + h, cache
 
     x, cache = fold(block, p.get("layers", ()), x, cache=cache)

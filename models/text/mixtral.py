@@ -10,22 +10,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
-from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family
 from formax.core.frozen import FrozenDict
-from formax.core.outputs import Array, Output, output
+from formax.core.outputs import MoeLogitsOutput, MoeModelOutput
 from formax.core.rng import split
-from formax.core.spec import At, Spec, fold, normal, stack_of
-from formax.layers import embed, heads, moe, norm, rope
-from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, Mask, attention_spec, from_attention_mask, self_attention
+from formax.core.spec import At, Spec, normal
+from formax.layers import decoder, heads, moe, norm
+from formax.layers.attention import self_attention
+from formax.layers.decoder import RotaryDecoderConfig
 
 
 @config
-class MixtralConfig(Config):
+class MixtralConfig(RotaryDecoderConfig):
     """`config.json` of model type "mixtral"."""
 
     model_type: ClassVar[str] = "mixtral"
@@ -56,15 +53,7 @@ class MixtralConfig(Config):
     router_jitter_noise: float = 0.0
 
     def check(self) -> None:
-        if self.num_attention_heads < 1 or self.num_attention_heads % self.kv_heads:
-            raise ConfigError(
-                f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads={self.kv_heads}"
-            )
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}; "
-                "give head_dim"
-            )
+        super().check()
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must be from 1 to "
@@ -72,62 +61,18 @@ class MixtralConfig(Config):
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window={self.sliding_window} must be null, or at least 1")
-        check_activation(self.hidden_act)
-        rope.check_rope(self.rope_parameters)
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values, shared by groups of query heads."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_size(self) -> int:
-        """Channels of a head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-@output
-class MoeModelOutput(Output):
-    """Decoder states [B, T, E]; `router_logits`, when asked for, one [B * T, experts] a layer."""
-
-    last_hidden_state: Array
-    cache: Any = None
-    hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None
-    router_logits: tuple[Array, ...] | None = None
-
-
-@output
-class MoeLogitsOutput(Output):
-    """`logits` [B, T, V]; `router_logits` and `aux_loss`, how unevenly the experts are used, when asked for."""
-
-    logits: Array
-    aux_loss: Array | None = None
-    cache: Any = None
-    hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None
-    router_logits: tuple[Array, ...] | None = None
 
 
 def block_spec(c: MixtralConfig) -> dict[str, Spec]:
     """One layer."""
-    init = normal(c.initializer_range)
-    attn = attention_spec(
-        c.hidden_size,
-        c.num_attention_heads,
-        c.head_size,
-        names=("q_proj", "k_proj", "v_proj", "o_proj"),
-        init=init,
-        kv_heads=c.kv_heads,
-        bias=False,
-    )
     names = ("gate", "experts.{}.w1", "experts.{}.w3", "experts.{}.w2")
+    init = normal(c.initializer_range)
     experts = moe.gated_spec(c.hidden_size, c.intermediate_size, c.num_local_experts, names, init=init)
     return {
         "attn_norm": norm.rms_spec("input_layernorm", c.hidden_size),
-        "attn": At("self_attn", attn),
+        "attn": decoder.attn_spec(c),
         "mlp_norm": norm.rms_spec("post_attention_layernorm", c.hidden_size),
-        "moe": At("block_sparse_moe", experts),
+        "mlp": At("block_sparse_moe", experts),
     }
 
 
@@ -139,18 +84,11 @@ def block(p: Any, c: MixtralConfig, x: Any, rotate: Any, mask: Any, cache: Any, 
     h, cache = self_attention(p["attn"], h, c.head_size, **own)
     x = x + h
     h = norm.rms(p["mlp_norm"], x, c.rms_norm_eps)
-    h, logits = moe.gated(p["moe"], h, c.hidden_act, c.num_experts_per_tok, noise=c.router_jitter_noise, key=k_moe)
+    h, logits = moe.gated(p["mlp"], h, c.hidden_act, c.num_experts_per_tok, noise=c.router_jitter_noise, key=k_moe)
     return x + h, (cache, logits)
 
 
-def model_spec(c: MixtralConfig) -> dict[str, Spec]:
-    """Word table, layers and the last norm."""
-    word = embed.embedding_spec("embed_tokens", c.vocab_size, c.hidden_size, init=normal(c.initializer_range))
-    return {
-        "embed": {"word": word},
-        "layers": stack_of("layers", [block_spec(c) for _ in range(c.num_hidden_layers)]),
-        "norm": norm.rms_spec("norm", c.hidden_size),
-    }
+model_spec = partial(decoder.model_spec, block_spec)
 
 
 def decode(
@@ -165,25 +103,11 @@ def decode(
     key: Any = None,
 ) -> Any:
     """Embeddings, all layers, the last norm: ids [B, T] -> (states [B, T, E], cache, router logits or None)."""
-    embed.check_inputs(input_ids, inputs_embeds, None)
-    with tap.scope("embed"):
-        x = tap.tap("out", embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds)
-    offset, room = (0, None) if cache is None else (cache[0].length, cache[0].k.shape[1])
-    mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
-    if c.sliding_window is not None and mask.causal:  # pairs take the place of the window, too
-        mask = mask & Mask(window=(c.sliding_window - 1, None), q_offset=offset)
-    positions = offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
-    cos, sin = rope.cos_sin(c.rope_parameters, c.head_size, c.max_position_embeddings, positions)
-    rotate = partial(rope.rotate, cos=cos, sin=sin)
-
-    def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        return block(p, c, x, rotate, mask, cache, key)
-
-    x, seen = fold(run, p.get("layers", ()), x, cache=cache, key=split(key, 1)[0])
+    inputs = input_ids, attention_mask, position_ids, inputs_embeds
+    x, seen = decoder.decode(block, p, c, *inputs, cache, key, window=c.sliding_window)
     # layers one by one give a tuple of pairs, scanned ones a pair of stacks
     caches, logits = seen if isinstance(p.get("layers"), dict) else zip(*(seen or [((), ())]), strict=True)
     asked = c.output_router_logits if output_router_logits is None else output_router_logits
-    x = tap.tap("last", norm.rms(p["norm"], x, c.rms_norm_eps))
     return x, None if cache is None else caches, tuple(logits) if asked else None
 
 
@@ -215,11 +139,6 @@ def causal_lm(
     return MoeLogitsOutput(logits=heads.lm_logits(p, x), aux_loss=aux, cache=cache, router_logits=flat(logits))
 
 
-def init_cache(c: MixtralConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
-    """Empty caches of all layers, with room for `length` positions."""
-    return tuple(KVCache.empty(batch, length, c.kv_heads, c.head_size, dtype) for _ in range(c.num_hidden_layers))
-
-
 _words, *_labels = heads.decoder_heads("Mixtral", "model", model_spec, states)
 
 FAMILY = Family(
@@ -227,7 +146,7 @@ FAMILY = Family(
     MixtralConfig,
     base="model",
     inputs=decode,
-    init_cache=init_cache,
+    init_cache=decoder.init_cache,
     architectures=(
         Architecture("MixtralModel", "", model_spec, model),
         replace(_words, apply=causal_lm),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
 from formax.core.outputs import Seq2SeqQuestionAnsweringOutput as SpanOutput
 from formax.core.rng import fold_path, split
@@ -302,6 +302,8 @@ def init_cache(c: T5Config, batch: int, length: int, encoder_length: int, dtype:
 
 _seq2seq = partial(Architecture, methods={"encode": encode})
 
+_PORTED = ("T5Model", "T5ForConditionalGeneration", "T5EncoderModel")
+
 FAMILY = Family(
     "t5",
     T5Config,
@@ -332,4 +334,6 @@ FAMILY = Family(
             question_answering,
         ),
     ),
+    flax=Port(_PORTED),
+    tf=Port(_PORTED, base="", repeats={"encoder": "shared/", "decoder": "shared/"}),
 )

@@ -6,14 +6,14 @@ Maps are channels-last inside, and [B, C, H, W] where they go in and come out. W
 statistics and hand out the new running ones (`formax.layers.norm.batch`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
 from formax.core.spec import At, Spec, under
 from formax.layers import norm
@@ -86,7 +86,7 @@ class Names:
         return kernel, scale
 
 
-def part_spec(names: tuple[str, str], d_in: int, d_out: int, window: int, norm_spec: Any) -> dict[str, Spec]:
+def part_spec(names: tuple[str, str], d_in: int, d_out: int, window: int, norm_spec: Any) -> dict[str, At]:
     """A convolution and its norm."""
     kernel = conv_spec(names[0], d_in, d_out, (window, window), init=HE, bias=False)
     return {"conv": kernel, "norm": norm_spec(names[1], d_out)}
@@ -109,12 +109,15 @@ def features_spec(c: ResNetConfig, names: Names = Names(), norm_spec: Any = norm
         d_in = before if i == 0 else d_out
         basic = c.layer_type == "basic"
         widths = (d_in, d_out, d_out) if basic else (d_in, d_out // 4, d_out // 4, d_out)
-        spec: dict[str, Spec] = {
-            "parts": tuple(
-                part_spec(names.of_part(k), widths[k], widths[k + 1], window, norm_spec)
-                for k, window in enumerate((3, 3) if basic else (1, 3, 1))
-            )
-        }
+        parts = [
+            part_spec(names.of_part(k), widths[k], widths[k + 1], window, norm_spec)
+            for k, window in enumerate((3, 3) if basic else (1, 3, 1))
+        ]
+        if basic:  # Flax calls these parts otherwise
+            parts = [
+                {k: replace(at, flax=at.prefix.replace("layer.", "layer.layer_")) for k, at in p.items()} for p in parts
+            ]
+        spec: dict[str, Spec] = {"parts": tuple(parts)}
         if d_in != d_out or (i == 0 and strides(c)[stage] > 1):
             spec["shortcut"] = part_spec(names.shortcut, d_in, d_out, 1, norm_spec)
         return At(names.layer.format(stage=stage, layer=i, one=stage + 1), spec)
@@ -159,7 +162,7 @@ def features(p: Any, c: ResNetConfig, x: jax.Array, *, shrink: int | None = None
         x = maps[-1]
         for i, q in enumerate(layers):
             with tap.scope("stages"), tap.scope(str(stage)), tap.scope(str(i)):
-                x = tap.tap("out", layer(q, c, x, 1 if i else stride, (wide if i else before, wide), key))
+                x = _seen("out", layer(q, c, x, 1 if i else stride, (wide if i else before, wide), key))
         maps.append(_seen(f"stages.{stage}.out", x))
     return maps
 
@@ -207,6 +210,8 @@ def backbone(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None)
 
 _STATES = {"hidden_states": ("output_hidden_states", ("stem.out", "stages.*.out"))}
 
+_PORTED = ("ResNetModel", "ResNetForImageClassification")
+
 FAMILY = Family(
     "resnet",
     ResNetConfig,
@@ -223,4 +228,6 @@ FAMILY = Family(
         ),
         Architecture("ResNetBackbone", "Backbone", features_spec, backbone, collected=_STATES),
     ),
+    flax=Port(_PORTED),
+    tf=Port(_PORTED, numbered="."),
 )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.family import Architecture, Family
+from formax.core.family import Architecture, Family, Port
 from formax.core.layout import Patch, Reshape
 from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
 from formax.core.rng import split
@@ -208,6 +208,8 @@ def masked_image_modeling(
     return MaskedImageModelingOutput(reconstruction=x.reshape(len(x), c.num_channels, rows * s, columns * s))
 
 
+_PORTED = ("ViTModel", "ViTForImageClassification")
+
 FAMILY = Family(
     "vit",
     ViTConfig,
@@ -229,4 +231,6 @@ FAMILY = Family(
             masked_image_modeling,
         ),
     ),
+    flax=Port(_PORTED),
+    tf=Port(_PORTED),
 )
