@@ -6,6 +6,7 @@ Places are dotted names that are the same in every family ("layers.3.attn.weight
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 
 from formax.core.tap import Intervention
-from formax.model import Model
+from formax.model import HEAD_MASKS, Model
 
 
 def capture(model: Model, *patterns: str) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
@@ -54,8 +55,16 @@ def intervene(model: Model, changes: Mapping[str, Callable[[jax.Array], jax.Arra
     return replace(model, interventions=(*model.interventions, *more))
 
 
-def places(model: Model, **inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """All places of a forward pass with these inputs (or their shapes) and the shapes found there; computes nothing."""
-    arrays, static = model.sort_inputs(inputs)
-    _, seen = jax.eval_shape(lambda m, given: m.run({**given, **static}, patterns=("**",)), model, arrays)
-    return seen
+def places(model: Model, *args: Any, key: jax.Array | None = None, **inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """All places of a forward pass with these inputs (or their shapes) and the shapes found there; computes nothing.
+
+    With a key they are those of training, where batch norms show their new statistics.
+    """
+    given = {**model.name_inputs(args, inputs), **inputs}
+    factors = {name: given.pop(name) for name in HEAD_MASKS if given.get(name) is not None}
+    arrays, static = model.sort_inputs(given)
+
+    def look(m: Model, given: dict[str, Any], key: jax.Array | None) -> OrderedDict[str, Any]:
+        return OrderedDict(m.run({**given, **static}, patterns=("**",), key=key)[1])
+
+    return dict(jax.eval_shape(look, model, {**arrays, **factors}, key))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -166,7 +167,8 @@ class Model:
         wanted = tuple(name for name, switch in on.items() if switch)
         arguments = (self, arrays, key, factors, tuple(static.items()), wanted, patterns, optional)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, factors)))
-        return _forward(*arguments) if traced else _compiled_forward(*arguments)
+        out, seen = _forward(*arguments) if traced else _compiled_forward(*arguments)
+        return out, dict(seen)
 
     def sort_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Splits inputs into arrays and static switches.
@@ -279,7 +281,9 @@ class Model:
             size: the new number of tokens.
             key: random key for the new rows; `jax.random.key(0)` by default.
         """
-        old = self.config.vocab_size
+        old = getattr(self.config, "vocab_size", None)
+        if old is None:
+            raise TypeError(f"{self.architecture.name} has no vocabulary of its own; resize that of a part of it")
         if size < 1:
             raise ValueError(f"a vocabulary needs at least one token, got {size}")
         key = jax.random.key(0) if key is None else key
@@ -395,7 +399,8 @@ def _forward(
             raise ValueError(f"{name} must be [heads] or [{depth} layers, heads], got shape {factor.shape}")
     for name, found in fields.items():
         out = _filled(out, name.split("."), _states(seen.find(found)))
-    return out, seen.find((*patterns, *optional))
+    # A plain dict comes out of `jit` in alphabetical order: layers.10 before layers.2.
+    return out, OrderedDict(seen.find((*patterns, *optional)))
 
 
 _compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6, 7))

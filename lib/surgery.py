@@ -25,6 +25,10 @@ def prune_heads(params: Tree, config: Config, heads: Mapping[int, Sequence[int]]
     Raises:
         ValueError: a layer or head that does not exist, all heads of a layer, or stacked layers, which stay equal.
     """
+    if "layers" not in params:
+        raise ValueError(
+            f"heads are pruned from `layers`, a single stack; {config.model_type} has {', '.join(sorted(params))}"
+        )
     if not isinstance(params["layers"], tuple | list):
         raise ValueError("stacked layers have equally many heads; unstack the layers before pruning")
     total, head_dim, depth = config.num_attention_heads, config.head_dim, len(params["layers"])

@@ -137,20 +137,20 @@ def test_every_expert_on_every_token_is_the_mean_weighed_by_the_router(layer: di
 
 def test_what_routers_choose_can_be_seen_and_changed(layer: dict[str, Any]) -> None:
     x = jax.random.normal(jax.random.key(2), (2, 4, E))
-    with watch(("moe.router", "moe.experts", "moe.shares", "moe.out")) as seen:
+    with watch(("mlp.router", "mlp.experts", "mlp.shares", "mlp.out")) as seen:
         out, logits = moe.gated(layer, x, "silu", K)
-    chosen, shares = seen.seen["moe.experts"], seen.seen["moe.shares"]
-    np.testing.assert_array_equal(seen.seen["moe.router"], logits)
-    np.testing.assert_array_equal(seen.seen["moe.out"], out)
+    chosen, shares = seen.seen["mlp.experts"], seen.seen["mlp.shares"]
+    np.testing.assert_array_equal(seen.seen["mlp.router"], logits)
+    np.testing.assert_array_equal(seen.seen["mlp.out"], out)
     np.testing.assert_array_equal(chosen, jax.lax.top_k(logits, K)[1])
     np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-6)
 
-    everywhere = Intervention("moe.experts", lambda chosen: jnp.broadcast_to(jnp.array([3, 1]), chosen.shape))
-    with watch(("moe.shares",), (everywhere,)) as seen:
+    everywhere = Intervention("mlp.experts", lambda chosen: jnp.broadcast_to(jnp.array([3, 1]), chosen.shape))
+    with watch(("mlp.shares",), (everywhere,)) as seen:
         changed, _ = moe.gated(layer, x, "silu", K)
     # the shares are those of the experts that are run
     expected = jax.nn.softmax(logits[..., jnp.array([3, 1])])
-    np.testing.assert_allclose(seen.seen["moe.shares"], expected, rtol=1e-5)
+    np.testing.assert_allclose(seen.seen["mlp.shares"], expected, rtol=1e-5)
     flat = moe.run_experts(
         layer["experts"], x.reshape(-1, E), expected.reshape(-1, K), jnp.tile(jnp.array([3, 1]), (8, 1)), "silu"
     )

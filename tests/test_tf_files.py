@@ -87,12 +87,11 @@ def test_attributes_and_index_are_the_references(tmp_path: Path) -> None:
                 "top": (file["top_level_model_weights"].attrs["weight_names"].shape,),
             }
 
-    for name in ("bert",):
-        folder = path_of("tf", KEPT[name]).with_suffix("")
-        formax.from_pretrained(folder).save_pretrained(tmp_path / name, format="tf")
-        expected, found = attributes(folder / "tf_model.h5"), attributes(tmp_path / name / "tf_model.h5")
-        assert expected.pop("layer_names").kind == found.pop("layer_names").kind
-        assert found == expected
+    folder = path_of("tf", KEPT["bert"]).with_suffix("")
+    formax.from_pretrained(folder).save_pretrained(tmp_path / "bert", format="tf")
+    expected, found = attributes(folder / "tf_model.h5"), attributes(tmp_path / "bert" / "tf_model.h5")
+    assert expected.pop("layer_names") == found.pop("layer_names")
+    assert found == expected
     folder = path_of("tf", KEPT["t5"]).with_suffix("")
     formax.from_pretrained(folder).save_pretrained(tmp_path / "t5", format="tf", max_shard_size="3KB")
     expected, found = (json.loads((path / "tf_model.h5.index.json").read_text()) for path in (folder, tmp_path / "t5"))
