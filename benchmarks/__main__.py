@@ -1,12 +1,13 @@
 """Every topic in one run."""
 
-from benchmarks import forward, import_time, load, train_step
+from benchmarks import archetypes, forward, import_time, load, train_step
 from benchmarks.harness import run
 
 if __name__ == "__main__":
     run(
         {
             "forward": forward.measure,
+            "archetypes": archetypes.measure,
             "train_step": train_step.measure,
             "load": load.measure,
             "import_time": import_time.measure,

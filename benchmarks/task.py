@@ -47,6 +47,17 @@ def token_ids(options: Options, seed: int = 0) -> npt.NDArray[np.int32]:
     return np.random.default_rng(seed).integers(1, options["vocab_size"], shape, dtype=np.int32)
 
 
+def arrays(options: Options) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a call, {name: (kind, shape)} in the options, filled with random numbers."""
+    generator = np.random.default_rng(0)
+    fill = {
+        "ids": lambda shape: generator.integers(1, options["vocabulary"], shape, dtype=np.int32),
+        "ones": lambda shape: np.ones(shape, np.int32),
+        "floats": lambda shape: generator.standard_normal(shape, np.float32),
+    }
+    return {name: fill[kind](tuple(shape)) for name, (kind, shape) in options["inputs"].items()}
+
+
 def labels(options: Options) -> npt.NDArray[np.int32]:
     """Random words to predict, [batch, length]."""
     return token_ids(options, seed=1)

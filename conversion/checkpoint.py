@@ -89,6 +89,7 @@ MISTAKEN = (
     ),
     (re.compile(rb"GGUF"), "a GGUF file, which formax does not read yet"),
 )
+TITLES = {"safetensors": "safetensors", "torch": "PyTorch", "flax": "Flax", "tf": "TensorFlow"}
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5")
 MAX_INDEX = 100_000_000
 PYTORCH_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
@@ -251,8 +252,8 @@ def _open_file(path: Path) -> TensorFile:
     if flax_msgpack.looks_like_flax(head):
         return flax_msgpack.read_flax(file)
     raise CheckpointError(
-        f"{path}: neither safetensors nor a checkpoint of PyTorch, Flax or TensorFlow; it begins with the bytes "
-        f"{head[:16]!r}"
+        f"{path}: neither a safetensors file nor a PyTorch checkpoint, nor one of Flax or TensorFlow; it begins with "
+        f"the bytes {head[:16]!r}"
     )
 
 
@@ -288,8 +289,8 @@ def _open_index(path: Path) -> list[TensorFile]:
             )
 
     parts = {place: _open_file(path.parent / place) for place in dict.fromkeys(places.values())}
-    if len({part.format for part in parts.values()}) > 1:
-        raise CheckpointError(f"{path}: the index mixes files of several formats")
+    if len(formats := sorted({TITLES[part.format] for part in parts.values()}, key=str.swapcase)) > 1:
+        raise CheckpointError(f"{path}: the index mixes {' and '.join(formats)} files")
     plain = {"flax": flax_msgpack.plain_name, "tf": tf_h5.index_name}.get(next(iter(parts.values())).format, str)
     for name, place in places.items():
         if plain(name) not in parts[place].tensors:

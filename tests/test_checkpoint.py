@@ -234,7 +234,7 @@ def test_an_absurd_index(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (b"\n<!DOCTYPE html><html></html>", "a web page"),
         (b"<HTML><body>404</body></HTML>", "a web page"),
         (b"<?xml version='1.0'?><Error/>", "a web page"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "cannot be read as HDF5"),
         (b"GGUF\x03\0\0\0" + bytes(100), "a GGUF file"),
         (b"abc", "too few|neither a safetensors file nor a PyTorch checkpoint"),
         (b"just text, and more of it", "would be|neither a safetensors file nor a PyTorch checkpoint"),
@@ -251,12 +251,11 @@ def test_other_files_in_the_place_of_weights(tmp_path: Path, name: str, content:
 def test_directories_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no weights; expected one of model\.safetensors, .* found nothing"):
         open_checkpoint(tmp_path)
-    for name in ("config.json", "tf_model.h5", "flax_model.msgpack"):
+    for name in ("config.json", "adapter_model.safetensors", "vocab.txt"):
         (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=r"found config\.json, flax_model\.msgpack, tf_model\.h5") as error:
+    with pytest.raises(CheckpointError, match=r"found adapter_model\.safetensors, config\.json, vocab\.txt") as error:
         open_checkpoint(tmp_path)
-    assert "tf_model.h5 holds TensorFlow weights, which formax does not read yet" in str(error.value)
-    assert "flax_model.msgpack holds Flax weights, which formax does not read yet" in str(error.value)
+    assert "adapter_model.safetensors holds an adapter, which needs the model it belongs to" in str(error.value)
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"the shards there need their model\.safetensors\.index\.json"):
         open_checkpoint(tmp_path)

@@ -35,7 +35,7 @@ ARCHETYPES: dict[str, tuple[str, str]] = {
     "bert/masked_lm": ("layers.0.mlp.out", "mlp.down"),
     "gpt2/lm_head": ("layers.0.mlp.out", "mlp.down"),
     "llama/causal_lm": ("layers.0.mlp.out", "mlp.down"),
-    "mixtral/causal_lm": ("layers.0.moe.out", "moe.experts.down"),
+    "mixtral/causal_lm": ("layers.0.mlp.out", "mlp.experts.down"),
     "mamba/causal_lm": ("layers.0.mixer.out", "mixer.o"),
     "t5/conditional_generation": ("decoder.layers.0.cross.out", "cross.o"),
     "bart/conditional_generation": ("decoder.layers.0.mlp.out", "mlp.down"),
@@ -61,7 +61,8 @@ def opened(golden: Golden) -> tuple[Model, dict[str, Any]]:
     """The model and the inputs of its call."""
     with tempfile.TemporaryDirectory() as folder:
         model, _ = golden.open(Path(folder))
-    return model, {**golden.inputs, **golden.switches}
+    switches = {name: value for name, value in golden.switches.items() if not name.startswith("output_")}
+    return model, {**golden.inputs, **switches}
 
 
 def main(out: Any) -> jax.Array:
@@ -166,6 +167,22 @@ def test_scanned_layers_have_the_same_places(golden: Golden) -> None:
         close(found[name], seen[name], err_msg=name)
 
 
+def test_places_come_in_the_order_of_the_pass() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 8}
+    config = formax.AutoConfig.for_model("bert", vocab_size=20, **sizes)
+    model = formax.AutoModel.from_config(config, key=jax.random.key(0))
+    ids = np.arange(6).reshape(1, 6)
+    states = [f"layers.{i}.out" for i in range(12)]
+    _, seen = formax.capture(model, "embed.out", "layers.*.out", "layers.*.attn.weights")(ids)
+    assert list(seen) == ["embed.out", *states, *(f"layers.{i}.attn.weights" for i in range(12))]
+    stacked = model.replace(params={**model.params, "layers": specs.stack(model.params["layers"])})
+    assert list(formax.capture(stacked, "layers.*.out")(ids)[1]) == states
+    passed = list(formax.places(model, input_ids=ids))
+    assert [name for name in passed if name in states] == states
+    assert passed[0] == "embed.out"
+    assert passed[-1] == "pooler"
+
+
 # ---- what the documentation promises --------------------------------------------------------------------------------
 
 
@@ -192,9 +209,7 @@ def places_of(family: str) -> frozenset[str]:
     found: set[str] = set()
     for golden in (*chosen.values(), *(one for one in own if str(one) in (*FURTHER, *ARCHETYPES))):
         model, inputs = opened(golden)
-        found |= kinds(
-            formax.places(model, **{name: x for name, x in inputs.items() if not name.endswith("head_mask")})
-        )
+        found |= kinds(formax.places(model, **inputs))
     return frozenset(found)
 
 
@@ -466,27 +481,27 @@ def test_every_frame_is_read_by_itself_at_the_end(golden: Golden) -> None:
 def test_experts_are_the_routers_choice(golden: Golden) -> None:
     model, inputs = opened(golden)
     k, count = model.config.num_experts_per_tok, model.config.num_local_experts
-    out, seen = formax.capture(model, "layers.*.moe.*")(**inputs)
+    out, seen = formax.capture(model, "layers.*.mlp.*")(**inputs)
     for i in range(model.config.num_hidden_layers):
         router, chosen, shares = (
-            np.asarray(seen[f"layers.{i}.moe.{part}"]) for part in ("router", "experts", "shares")
+            np.asarray(seen[f"layers.{i}.mlp.{part}"]) for part in ("router", "experts", "shares")
         )
         np.testing.assert_array_equal(chosen, np.argsort(-router, axis=-1)[..., :k])
         np.testing.assert_allclose(shares.sum(-1), 1, rtol=1e-5)
         best = np.take_along_axis(router, chosen, -1)
         close(shares, np.exp(best) / np.exp(best).sum(-1, keepdims=True))
-    assert len(np.unique(seen["layers.0.moe.experts"])) == count
+    assert len(np.unique(seen["layers.0.mlp.experts"])) == count
 
     # an expert that nobody chooses might as well not be there
-    shut = {"layers.0.moe.router": lambda x: x.at[..., 2].set(-1e9)}
-    closed, found = formax.capture(formax.intervene(model, shut), "layers.0.moe.experts")(**inputs)
-    assert not np.any(found["layers.0.moe.experts"] == 2)
+    shut = {"layers.0.mlp.router": lambda x: x.at[..., 2].set(-1e9)}
+    closed, found = formax.capture(formax.intervene(model, shut), "layers.0.mlp.experts")(**inputs)
+    assert not np.any(found["layers.0.mlp.experts"] == 2)
     assert np.abs(closed.logits - out.logits).max() > 1e-2
-    broken = changed(model.params, "layers.0.moe.experts", lambda x: x.at[2].set(jnp.nan))
+    broken = changed(model.params, "layers.0.mlp.experts", lambda x: x.at[2].set(jnp.nan))
     close(formax.intervene(model.replace(params=broken), shut)(**inputs).logits, closed.logits)
     # choosing by hand
-    first = formax.intervene(model, {"layers.*.moe.experts": lambda x: jnp.broadcast_to(jnp.arange(k), x.shape)})
-    _, found = formax.capture(first, "layers.*.moe.experts")(**inputs)
+    first = formax.intervene(model, {"layers.*.mlp.experts": lambda x: jnp.broadcast_to(jnp.arange(k), x.shape)})
+    _, found = formax.capture(first, "layers.*.mlp.experts")(**inputs)
     assert all(np.all(value == np.arange(k)) for value in found.values())
 
 
@@ -496,6 +511,8 @@ def test_the_state_forgets_and_writes_by_its_step(golden: Golden) -> None:
     ids = np.asarray(inputs["input_ids"])[:, :12]
     out, seen = formax.capture(model, "layers.*.mixer.*")(ids, cache=model.init_cache(*ids.shape))
     assert all(np.all(seen[name] > 0) for name in seen if name.endswith("step"))
+    for i, cache in enumerate(out.cache):
+        np.testing.assert_array_equal(seen[f"layers.{i}.mixer.state"], cache.state)
 
     # a step of zero leaves the state as it was; the layers above have not been told
     before = model(ids[:, :-1], cache=model.init_cache(*ids.shape)).cache

@@ -122,7 +122,7 @@ def imported_distributions(path: Path) -> set[str]:
         ("lib/core", {"jax", "numpy"}),
         ("layers", {"jax", "numpy"}),
         ("models", {"jax", "numpy"}),
-        ("conversion", {"jax", "numpy", "ml_dtypes"}),
+        ("conversion", {"jax", "numpy", "ml_dtypes", "h5py"}),
         ("lib", {"jax", "numpy", "ml_dtypes", "huggingface_hub", "rich", "tokenizers"}),
     ],
 )

@@ -17,12 +17,14 @@ from benchmarks.task import (
     CHECKED_STEPS,
     Options,
     Task,
+    arrays,
     labels,
     sample,
     square,
     tall,
     token_ids,
 )
+from formax.core import registry
 
 
 def versions() -> dict[str, str]:
@@ -43,6 +45,21 @@ def forward(options: Options) -> Task:
         return jax.block_until_ready(model(input_ids=ids, attention_mask=mask))
 
     return Task(run, sample(run().last_hidden_state))
+
+
+def call(options: Options) -> Task:
+    model = open_head(options["checkpoint"])
+    inputs = {name: jnp.asarray(x) for name, x in arrays(options).items()}
+
+    def run() -> Any:
+        return jax.block_until_ready(model(**inputs))
+
+    return Task(run, sample(getattr(run(), options["output"])))
+
+
+@cache
+def open_head(checkpoint: str) -> Any:
+    return formax.from_pretrained(checkpoint)
 
 
 def train_step(options: Options) -> Task:
@@ -95,15 +112,19 @@ def stream(options: Options) -> Task:
 
 
 def checkpoint(options: Options) -> Task:
-    """Writes the checkpoint that every contestant opens: random weights under the names of a pre-training model."""
-    config = formax.AutoConfig.for_model("bert", **options["config"])
-    declared = jax.eval_shape(
-        lambda key: formax.AutoModelForPreTraining.from_config(config, key=key), jax.random.key(0)
-    )
+    """Writes the checkpoint that every contestant opens: random weights, of a BERT for pre-training by default."""
+    config = formax.AutoConfig.for_model(options.get("model_type", "bert"), **options["config"])
+    family = registry.family(config.model_type)
+    architecture = family.find(options.get("architecture", "BertForPreTraining"))
+    assert architecture is not None
+    declared = jax.eval_shape(lambda key: formax.Model.initialise(config, architecture, family, key), jax.random.key(0))
     generator = np.random.default_rng(0)
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        centre = 1.0 if path[-1].key == "scale" else 0.0
+        kind = path[-1].key
+        if kind == "count":
+            return np.zeros(leaf.shape, np.float32)
+        centre = 1.0 if kind in ("scale", "var") else 0.0
         values = generator.standard_normal(leaf.shape, np.float32)
         return np.float32(centre) + np.float32(0.02) * values
 
@@ -115,6 +136,7 @@ def checkpoint(options: Options) -> Task:
 
 
 TASKS = {
+    "call": call,
     "checkpoint": checkpoint,
     "forward": forward,
     "load": load,

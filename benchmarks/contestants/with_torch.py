@@ -18,6 +18,7 @@ from benchmarks.task import (
     Options,
     Task,
     UnavailableError,
+    arrays,
     labels,
     sample,
     square,
@@ -73,6 +74,26 @@ def forward(options: Options) -> Task:
     return Task(run, sample(out.last_hidden_state.numpy()))
 
 
+def call(options: Options) -> Task:
+    model = compiled(open_head(options["checkpoint"], options["architecture"]), options)
+    inputs = {name: as_tensor(x) for name, x in arrays(options).items()}
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model(**inputs)
+
+    return Task(run, sample(getattr(first(run, options), options["output"]).numpy()))
+
+
+@cache
+def open_head(checkpoint: str, architecture: str) -> Any:
+    return getattr(transformers, architecture).from_pretrained(checkpoint).eval()
+
+
+def as_tensor(x: Any) -> Any:
+    return tensor(x) if x.dtype.kind == "i" else torch.from_numpy(x)
+
+
 def train_step(options: Options) -> Task:
     rate = options["dropout"]
     plain = transformers.BertForMaskedLM.from_pretrained(
@@ -121,4 +142,4 @@ def stream(options: Options) -> Task:
     return Task(lambda: a @ x, sample((a @ x).numpy()))
 
 
-TASKS = {"forward": forward, "load": load, "matmul": matmul, "stream": stream, "train_step": train_step}
+TASKS = {"call": call, "forward": forward, "load": load, "matmul": matmul, "stream": stream, "train_step": train_step}
