@@ -70,9 +70,9 @@ FORMATS = {
 }
 SINGLE, INDEX = FORMATS["pytorch"].single, FORMATS["pytorch"].index
 # What a directory may hold, by framework, the preferred first.
-FILES = {name: (one.single, one.index) for name, one in FORMATS.items()}
+FILES: dict[str, tuple[str, ...]] = {name: (one.single, one.index) for name, one in FORMATS.items()}
 FILES["pytorch"] += ("pytorch_model.bin", "pytorch_model.bin.index.json")
-CANDIDATES = sum(FILES.values(), ())
+CANDIDATES: tuple[str, ...] = sum(FILES.values(), ())
 # What it may hold besides, and what to say about it.
 FOREIGN = {
     "adapter_model.safetensors": "an adapter, which needs the model it belongs to",
@@ -245,10 +245,10 @@ def _open_file(path: Path) -> TensorFile:
     head = file.data[:1024]
     if head.startswith((ZIP_MAGIC, PICKLE_MAGIC)) and not looks_like_safetensors(head):
         return read_torch_bin(file)
-    if looks_like_safetensors(head) or path.suffix == ".safetensors":
-        return _as_framework(read_safetensors(file))
     if head.startswith(tf_h5.MAGIC):
         return tf_h5.read_tf(file)
+    if looks_like_safetensors(head) or path.suffix == ".safetensors":
+        return _as_framework(read_safetensors(file))
     if flax_msgpack.looks_like_flax(head):
         return flax_msgpack.read_flax(file)
     raise CheckpointError(

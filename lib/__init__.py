@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     )
     from formax.inside import capture, intervene, places
     from formax.model import Model
+    from formax.processors.auto import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
     from formax.text.embedding import SentenceEncoder
     from formax.text.tokenizer import AutoTokenizer
 
@@ -65,6 +66,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AutoBackbone",
     "AutoConfig",
+    "AutoFeatureExtractor",
+    "AutoImageProcessor",
     "AutoModel",
     "AutoModelForAudioClassification",
     "AutoModelForAudioFrameClassification",
@@ -101,6 +104,7 @@ __all__ = [
     "AutoModelForVisualQuestionAnswering",
     "AutoModelForZeroShotImageClassification",
     "AutoModelForZeroShotObjectDetection",
+    "AutoProcessor",
     "AutoTokenizer",
     "Model",
     "SentenceEncoder",
@@ -113,6 +117,9 @@ __all__ = [
 
 # Where each name lives; the Auto classes together.
 _HOME = dict.fromkeys(__all__, "formax.auto") | {
+    "AutoFeatureExtractor": "formax.processors.auto",
+    "AutoImageProcessor": "formax.processors.auto",
+    "AutoProcessor": "formax.processors.auto",
     "AutoTokenizer": "formax.text.tokenizer",
     "Model": "formax.model",
     "SentenceEncoder": "formax.text.embedding",

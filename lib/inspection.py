@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 from formax import hub
 from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import make_plan
-from formax.core import registry
+from formax.core import frameworks, registry
 from formax.core import spec as specs
 from formax.loading import choose, read_config
 
@@ -29,10 +30,12 @@ def inspect_table(path_or_repo: str | Path, **where: Any) -> str:
     config = read_config(folder)
     family = registry.family(config.model_type)
     architecture, _, _ = choose(family, config, None)
-    spec = architecture.spec(config)
-    table = specs.table(spec)
     with open_checkpoint(folder) as checkpoint:
-        plan = make_plan(checkpoint, table, family.bases(architecture), lambda: family.known_names(config), False, True)
+        theirs = checkpoint.framework
+        spec = frameworks.respell(architecture.spec(config), family, theirs).spec
+        table, bases = specs.table(spec), family.bases(architecture)
+        siblings = partial(frameworks.known_names, family, config, theirs)
+        plan = make_plan(checkpoint, table, bases, siblings, False, True)
         dtypes = {entry: checkpoint[entry.param.layout.names(name)[0]].dtype for entry, name in plan.found.items()}
         size = sum(info.file.stat().st_size for info in {info.file: info for info in checkpoint.values()}.values())
         kind = checkpoint.format

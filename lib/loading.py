@@ -151,7 +151,7 @@ def load(
 
         params, report = load_params(
             checkpoint,
-            spec if theirs == "pytorch" else frameworks.respell(spec, family, theirs).spec,
+            frameworks.respell(spec, family, theirs).spec,
             bases=family.bases(found),
             siblings=siblings,
             dtype=None if dtype == "auto" else dtype,

@@ -242,8 +242,8 @@ panel.set(xlabel="step", ylabel="loss", ylim=0, title="slowly, then all at once"
 panel.legend()
 
 # %% [markdown]
-# First the model learns which letters there are in a text at all, about nine. A little later it finds the trick, and
-# within a few dozen steps everything is predictable. If the story of the two heads is true they must be there now. We
+# At first the loss falls slowly, past what one could reach by knowing only which letters are in the text (dashed). Then,
+# within a few dozen steps, everything is predictable. If the story of the two heads is true they must be there now. We
 # ask both layers: how much do you look at the letter before? And how much at letters that *followed* the present one in
 # an earlier round?
 
@@ -373,7 +373,7 @@ fig, panel = plt.subplots(figsize=(9, 2.6), layout="constrained")
 picture = panel.imshow(back.T, vmin=0, vmax=1, aspect="auto")
 panel.set_yticks(range(len(stages)), stages)
 names = [letters[i] for i in np.asarray(clean[0])]
-names[cause] = f"{letters[question]}\n(was {letters[stranger]})"
+names[cause] = f"{letters[question]}\n(other: {letters[stranger]})"
 panel.set_xticks(range(asked + 1), names)
 panel.set(
     xlabel="position of the state put back",

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import struct
 import tracemalloc
 import zlib
@@ -21,6 +22,7 @@ from formax.conversion import flax_msgpack
 from formax.conversion.checkpoint import CheckpointError, open_checkpoint, write_checkpoint
 from formax.conversion.mapped import Region
 from formax.core.frameworks import FrameworkError
+from formax.inspection import inspect_table
 
 KEPT = [case for case in CASES["flax"] if case.kept]
 
@@ -85,7 +87,7 @@ def test_the_same_bytes_as_flax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 4096)
     monkeypatch.setattr(flax_msgpack, "CHUNK", 4096)
     random_bits = np.random.default_rng(0)
-    leaves = {
+    leaves: dict[str, Any] = {
         f"n{size}": random_bits.integers(0, 9, size).astype(np.int8) for size in (0, 1, 2, 225, 240, 255, 256, 999)
     }
     leaves |= {
@@ -93,7 +95,7 @@ def test_the_same_bytes_as_flax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     leaves |= {"scalar": np.array(3, np.float32), "x" * 40: np.zeros((300, 1)), "y" * 300: np.zeros((70000, 0))}
     leaves |= {"pieces": random_bits.standard_normal((3, 700)).astype(np.float32)}
-    tree = {"a": {"b": leaves, "empty" * 2: {str(i): np.float16([i]) for i in range(20)}}}
+    tree: dict[str, Any] = {"a": {"b": leaves, "empty" * 2: {str(i): np.array([i], np.float16) for i in range(20)}}}
     flat = {f"a/{outer}/{name}": leaf for outer, inner in tree["a"].items() for name, leaf in inner.items()}
     path = tmp_path / "flax_model.msgpack"
     with path.open("wb") as file:
@@ -107,16 +109,23 @@ def test_the_same_bytes_as_flax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             opened.release(name)
 
 
+def test_inspecting_names_what_is_in_the_file() -> None:
+    text = inspect_table(path_of("flax", KEPT[0]).with_suffix(""))
+    assert re.search(
+        r"layers\.0\.mlp\.down\.kernel +7 x 12 +float32 .* bert/encoder/layer/0/output/dense/kernel\n", text
+    )
+    assert "initialised" not in text
+
+
 def test_shards_and_what_is_removed(tmp_path: Path) -> None:
     tensors = {f"layer/{i}/kernel": np.full((4, 4), i, np.float32) for i in range(5)}
-    declared = {"metadata": {}, "framework": "flax"}
-    write_checkpoint(tmp_path, tensors, tensors.__getitem__, max_shard_size=130, **declared)
+    write_checkpoint(tmp_path, tensors, tensors.__getitem__, max_shard_size=130, framework="flax")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [*(f"flax_model-0000{i}-of-00003.msgpack" for i in (1, 2, 3)), "flax_model.msgpack.index.json"]
     with open_checkpoint(tmp_path) as opened:
         assert (opened.format, opened.framework, len(opened)) == ("flax", "flax", 5)
     (tmp_path / "model.safetensors").write_bytes(b"another format's")
-    write_checkpoint(tmp_path, tensors, tensors.__getitem__, **declared)
+    write_checkpoint(tmp_path, tensors, tensors.__getitem__, framework="flax")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flax_model.msgpack", "model.safetensors"]
 
 
@@ -146,6 +155,13 @@ def test_picking_a_kind_of_weights(tmp_path: Path) -> None:
         formax.from_pretrained(tmp_path / "both", from_tf=True)
     with pytest.raises(ValueError, match="at most one"):
         formax.from_pretrained(tmp_path / "both", from_tf=True, from_flax=True)
+
+
+def test_a_head_that_should_be_tied(tmp_path: Path) -> None:
+    """Flax's Llama ties nothing: a head in its file counts, and is not passed over where a configuration ties it."""
+    model_from(Case("llama/old_names"), tmp_path / "model", formax).save_pretrained(tmp_path / "flax", format="flax")
+    with pytest.raises(CheckpointError, match="unexplained: 'lm_head/kernel'"):
+        formax.from_pretrained(tmp_path / "flax", tie_word_embeddings=True)
 
 
 def test_what_flax_does_not_have(tmp_path: Path) -> None:

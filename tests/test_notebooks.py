@@ -42,7 +42,7 @@ def test_every_notebook_is_a_pair() -> None:
 def test_the_pair_is_in_step(source: Path) -> None:
     notebook: dict[str, Any] = json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8"))
     theirs = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-    assert theirs == cells(source), f"make it anew: jupytext --to ipynb notebooks/{source.name}"
+    assert theirs == cells(source), f"make it anew: jupytext --update --to ipynb notebooks/{source.name}"
     assert not any(cell.get("outputs") for cell in notebook["cells"]), "outputs are not kept: they would go stale"
 
 

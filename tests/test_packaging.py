@@ -99,7 +99,8 @@ def test_links_show_the_same_tree(tree: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = ["flax", "huggingface_hub", "optax", "rich", "safetensors", "tokenizers", "torch", "transformers"]
+    heavy = ["flax", "huggingface_hub", "optax", "orbax", "PIL", "rich", "safetensors", "tensorstore", "tokenizers"]
+    heavy += ["torch", "transformers"]
     program = f"import json, sys, formax; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert json.loads(run.stdout) == []
@@ -123,7 +124,8 @@ def imported_distributions(path: Path) -> set[str]:
         ("layers", {"jax", "numpy"}),
         ("models", {"jax", "numpy"}),
         ("conversion", {"jax", "numpy", "ml_dtypes", "h5py"}),
-        ("lib", {"jax", "numpy", "ml_dtypes", "huggingface_hub", "rich", "tokenizers"}),
+        ("lib", {"jax", "numpy", "ml_dtypes", "huggingface_hub", "rich", "tokenizers", "PIL"}),
+        ("training", {"jax", "numpy", "optax", "orbax"}),
     ],
 )
 def test_floor_imports_only_what_it_may(folder: str, allowed: set[str]) -> None:

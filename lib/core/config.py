@@ -312,6 +312,13 @@ def config(cls: type[T]) -> type[T]:
     return made
 
 
+def check_multiple(c: Config, whole: str, part: str) -> None:
+    """Raises ConfigError unless the field `part` divides the field `whole`, as heads do the width of the states."""
+    a, b = getattr(c, whole), getattr(c, part)
+    if b < 1 or a % b:
+        raise ConfigError(f"{whole}={a} is no multiple of {part}={b}")
+
+
 def rope_parameters(values: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Rotary settings in one form: `rope_parameters` with `rope_type` and `rope_theta`, whatever the file's age.
 

@@ -91,11 +91,13 @@ def check_writable(family: Family, architecture: Architecture, config: Config, f
 
 
 def respell(spec: Spec, family: Family, framework: str) -> Spelling:
-    """The spec of an architecture of `family` for checkpoints of "flax" or "tf".
+    """The spec of an architecture of `family` for checkpoints of a framework; for those of "pytorch" as it is.
 
     Raises:
         FrameworkError: the family does not exist there.
     """
+    if framework == "pytorch":
+        return Spelling(spec, {}, frozenset())
     there = port(family, framework)
     nowhere: dict[str, str] = {}
     uncounted: set[str] = set()
@@ -135,22 +137,17 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
                 uncounted.add(name)
             return replace(p, name=name, also=(), optional=True)
         name, layout = _kind(key, p, around, framework)
+        name = name if own is None else own
         # Which tables of TensorFlow's are called which has changed over the years.
         also = {"embeddings": ("weight",), "weight": ("embeddings",)}.get(name, ()) if key == "embedding" else ()
-        if own is not None:
-            name = own
-        return replace(
-            p, name=join(_below(place, name)), also=tuple(join((*place, one)) for one in also), layout=layout
-        )
+        older = tuple(join((*place, one)) for one in also)
+        return replace(p, name=join(_below(place, name)), also=older, layout=layout)
 
     def tie(tied: Tied, place: Names) -> Spec:
+        # A table that repeats another one. Kernels that repeat a table are in no file: what is there counts.
         *inside, last = tied.name.split(".")
-        words = FLAX if framework == "flax" else TF
-        if last != "weight":
-            return Tied(join((*place, *inside, last)), tied.to)
-        # As a table it is the leaf once more; as a kernel it lies the other way round, and nobody keeps both.
-        kernel, table = (join((*place, *inside, words[word])) for word in ("kernel", "embedding"))
-        return {"table": Tied(table, tied.to), "kernel": Ignored(kernel)}
+        last = (FLAX if framework == "flax" else TF)["embedding"] if last == "weight" else last
+        return Tied(join((*place, *inside, last)), tied.to)
 
     def join(parts: Names) -> str:
         if framework == "flax":

@@ -183,3 +183,35 @@ class QuestionAnsweringOutput(Output):
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class SpeechOutput(Output):
+    """States [B, T, H] of frames, and the features [B, T, C] that they were made of."""
+
+    last_hidden_state: Array
+    extract_features: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
+class QuantizedOutput(Output):
+    """Projected states and their codes, each [B, T, P]; perplexity [] is how many codes are in use."""
+
+    projected_states: Array
+    projected_quantized_states: Array
+    codevector_perplexity: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
+class XVectorOutput(Output):
+    """`embeddings` and `logits` [B, X] of voices; `cosines` [B, labels] of the logits with each speaker's weights."""
+
+    logits: Array
+    embeddings: Array
+    cosines: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None

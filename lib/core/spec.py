@@ -60,6 +60,12 @@ def normal(std: float) -> Initializer:
     return jax.nn.initializers.normal(std)
 
 
+@lru_cache(maxsize=256)
+def constant(value: float) -> Initializer:
+    """Every element is `value`."""
+    return jax.nn.initializers.constant(value)
+
+
 @dataclass(frozen=True)
 class Param:
     """One array of the parameter tree.

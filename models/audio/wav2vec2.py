@@ -31,10 +31,6 @@ from formax.layers.linear import linear, linear_spec
 from formax.layers.spec_augment import span_mask
 
 EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
-HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # up to 1 / sqrt(fan_in)
-UNIT = jax.nn.initializers.uniform(1.0)  # 0 to 1
-constant = lru_cache(jax.nn.initializers.constant)
 
 
 @config
@@ -130,108 +126,7 @@ class Wav2Vec2Config(Config):
         return (self.output_hidden_size or self.hidden_size) if self.add_adapter else self.hidden_size
 
 
-@output
-class SpeechOutput(Output):
-    """States [B, T, H] of frames, and the features [B, T, C] that they were made of."""
-
-    last_hidden_state: jax.Array
-    extract_features: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-
-
-@output
-class QuantizedOutput(Output):
-    """Projected states and their codes, each [B, T, P]; perplexity [] is how many codes are in use."""
-
-    projected_states: jax.Array
-    projected_quantized_states: jax.Array
-    codevector_perplexity: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-
-
-@output
-class XVectorOutput(Output):
-    """`embeddings` and `logits` [B, X] of voices; `cosines` [B, labels] of the logits with each speaker's weights."""
-
-    logits: jax.Array
-    embeddings: jax.Array
-    cosines: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-    attentions: tuple[jax.Array, ...] | None = None
-
-
 # ---- samples to frames
-
-
-def frame_lengths(c: Wav2Vec2Config, samples: Any, *, adapter: bool = False) -> Any:
-    """How many frames (behind the adapter, if asked and if there is one) so many samples make; numbers or arrays."""
-    for kernel, stride in zip(c.conv_kernel, c.conv_stride, strict=True):
-        samples = (samples - kernel) // stride + 1
-    for _ in range(c.num_adapter_layers if adapter and c.add_adapter else 0):
-        samples = (samples - 1) // c.adapter_stride + 1
-    return samples
-
-
-def least_samples(c: Wav2Vec2Config) -> int:
-    """How many samples one frame is made of."""
-    samples = 1
-    for kernel, stride in zip(reversed(c.conv_kernel), reversed(c.conv_stride), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples
-
-
-def real_frames(c: Wav2Vec2Config, attention_mask: Any, frames: int) -> jax.Array:
-    """Which frames are made of samples that are no padding: [B, samples] -> [B, frames]."""
-    return jnp.arange(frames) < frame_lengths(c, (attention_mask != 0).sum(-1))[:, None]
-
-
-def features_spec(c: Wav2Vec2Config) -> tuple[Spec, ...]:
-    """The convolutions; all with a norm ("layer"), or the first alone ("group")."""
-
-    def layer(i: int) -> Spec:
-        size = c.conv_dim[i]
-        made = conv_spec("conv", (1, *c.conv_dim)[i], size, c.conv_kernel[i : i + 1], init=HE, bias=c.conv_bias)
-        normed = i == 0 or c.feat_extract_norm == "layer"
-        return {"conv": made, "norm": norm.layer_spec("layer_norm", size)} if normed else {"conv": made}
-
-    return stack_of("feature_extractor.conv_layers", [layer(i) for i in range(len(c.conv_dim))])
-
-
-def features(p: Any, c: Wav2Vec2Config, samples: jax.Array) -> jax.Array:
-    """Waveforms [B, samples] -> features of frames [B, T, C]; a group norm is one channel's, over padding too."""
-    x = samples.astype(p[0]["conv"]["kernel"].dtype)[..., None]
-    for layer, stride in zip(p, c.conv_stride, strict=True):
-        x = conv(layer["conv"], x, stride=stride)
-        if "norm" in layer and c.feat_extract_norm == "layer":
-            x = norm.layer(layer["norm"], x, EPS)
-        elif "norm" in layer:
-            x = norm.group(layer["norm"], x, x.shape[-1], EPS)
-        x = activation(c.feat_extract_activation)(x)
-    return x
-
-
-def position_spec(c: Wav2Vec2Config) -> Spec:
-    """Each tap of the kernel is a direction, divided by its norm, times a magnitude."""
-    e, k, groups = c.hidden_size, c.num_conv_pos_embeddings, c.num_conv_pos_embedding_groups
-    std = 2 / (e * k) ** 0.5
-    old, new = ("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")
-    size = constant(std * e / groups**0.5)  # the norm that such a direction has
-    magnitude = Param((k, 1, 1), (None, None, None), new[0], size, CONV_1D, (old[0],))
-    direction = Param((k, e // groups, e), (None, "conv_in", "conv_out"), new[1], normal(std), CONV_1D, (old[1],))
-    bias = Param((e,), ("conv_out",), "bias")
-    return At("encoder.pos_conv_embed.conv", {"magnitude": magnitude, "direction": direction, "bias": bias})
-
-
-def positions(p: Any, c: Wav2Vec2Config, x: jax.Array) -> jax.Array:
-    """What is added to tell places apart, made of the frames around: [B, T, E] -> [B, T, E]."""
-    v = p["direction"].astype(jnp.float32)
-    kernel = v * (p["magnitude"] / jnp.sqrt(jnp.square(v).sum((1, 2), keepdims=True)))
-    k = c.num_conv_pos_embeddings
-    # k // 2 on both sides would make one frame too many of an even k: the last is left out
-    pads, made = [(k // 2, (k - 1) // 2)], {"kernel": kernel, "bias": p["bias"]}
-    return activation(c.feat_extract_activation)(conv(made, x, padding=pads, groups=c.num_conv_pos_embedding_groups))
 
 
 # ---- layers
@@ -285,26 +180,6 @@ def stable_block(p: Any, c: Wav2Vec2Config, x: jax.Array, mask: Mask, key: Any) 
     return x
 
 
-def adapter_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
-    """Convolutions that shorten the sequence of states, for a decoder to read; a projection if their width differs."""
-    size, init = c.states_size, normal(c.initializer_range)
-    one = {"conv": conv_spec("conv", size, 2 * size, (c.adapter_kernel_size,), init=HE)}
-    spec: dict[str, Spec] = {"layers": stack_of("layers", [one] * c.num_adapter_layers)}
-    if size != c.hidden_size:
-        spec["project"] = linear_spec("proj", c.hidden_size, size, ("embed", None), init=init)
-        spec["norm"] = norm.layer_spec("proj_layer_norm", size)
-    return spec
-
-
-def adapt(p: Any, c: Wav2Vec2Config, x: jax.Array) -> jax.Array:
-    """[B, T, E] -> [B, T', E']. Layers are not dropped here: the length would change with them."""
-    if "project" in p:
-        x = norm.layer(p["norm"], linear(p["project"], x), EPS)
-    for layer in p.get("layers", ()):
-        x = jax.nn.glu(conv(layer["conv"], x, stride=c.adapter_stride, padding=1))
-    return tap.tap("adapter", x)
-
-
 # ---- the model
 
 
@@ -327,29 +202,6 @@ def model_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
     }
     (spec if c.do_stable_layer_norm else first)["norm"] = norm.layer_spec("encoder.layer_norm", e)
     return spec | ({"adapter": At("adapter", adapter_spec(c), tf="")} if c.add_adapter else {})
-
-
-def hide(p: Any, c: Wav2Vec2Config, x: jax.Array, given: Any, real: Any, key: Any) -> jax.Array:
-    """SpecAugment: given frames [B, T], or under a key random ones, become one vector, random features 0. [B, T, E]."""
-    if not c.apply_spec_augment:
-        return x
-    rows, frames, size = x.shape
-    if given is not None and given.shape != (rows, frames):
-        raise ValueError(f"mask_time_indices must be [batch, frames] {(rows, frames)}, got shape {given.shape}")
-    zeroed = None
-    if key is not None:
-        k_time, k_feature = jax.random.split(key)
-        lengths = None if real is None else real.sum(-1)
-        time, feature = (c.mask_time_prob, c.mask_time_length), (c.mask_feature_prob, c.mask_feature_length)
-        if given is None and c.mask_time_prob > 0:
-            given = span_mask(k_time, rows, frames, *time, min_spans=c.mask_time_min_masks, lengths=lengths)
-        if c.mask_feature_prob > 0:
-            zeroed = span_mask(k_feature, rows, size, *feature, min_spans=c.mask_feature_min_masks)
-    if given is not None:
-        if "masked" not in p:
-            raise ValueError("masked frames have a vector only where mask_time_prob or mask_feature_prob is above 0")
-        x = jnp.where(given[..., None] != 0, p["masked"].astype(x.dtype), x)
-    return x if zeroed is None else jnp.where(zeroed[:, None], 0, x)
 
 
 def encode(
@@ -409,130 +261,9 @@ def model(p: Any, c: Wav2Vec2Config, input_values: Any = None, **inputs: Any) ->
 # ---- heads
 
 
-def ctc(p: Any, c: Wav2Vec2Config, input_values: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
-    """Scores of all tokens at every frame [B, T, V]; `pad_token_id` is the blank."""
-    inner, outer = split(key, 2)
-    x, _ = encode(p, c, input_values, key=inner, **inputs)
-    return LogitsOutput(logits=linear(p["head"], dropout(x, c.final_dropout, outer)))
-
-
 def masked_lm(p: Any, c: Wav2Vec2Config, input_values: Any = None, attention_mask: Any = None, **inputs: Any) -> Any:
     """As `ctc`, but padding counts as speech: the reference passes its mask over."""
     return ctc(p, c, input_values, **inputs)
-
-
-def quantizer_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
-    """Groups of codes, and the scores by which they are chosen."""
-    groups, count = c.num_codevector_groups, c.num_codevectors_per_group
-    shape = (groups, count, c.codevector_dim // groups)
-    layout = Reshape((1, groups * count, shape[-1]))
-    scores = linear_spec("weight_proj", c.conv_dim[-1], groups * count, ("conv_out", None), init=normal(1.0))
-    return {
-        "quantizer": At(
-            "quantizer", {"codes": Param(shape, (None,) * 3, "codevectors", UNIT, layout), "scores": scores}
-        ),
-        "state_head": linear_spec("project_hid", c.hidden_size, c.proj_codevector_dim, ("embed", None), init=UNIFORM),
-        "code_head": linear_spec("project_q", c.codevector_dim, c.proj_codevector_dim, (None, None), init=UNIFORM),
-    }
-
-
-def quantize(p: Any, x: jax.Array, masked: Any, temperature: Any, key: Any) -> tuple[jax.Array, jax.Array]:
-    """A code of each group for every frame: [B, T, C] -> ([B, T, D], perplexity [] over masked frames, or all).
-
-    The one of highest score; under a key one drawn by the scores, through which gradients pass (Gumbel-softmax; Jang et
-    al. 2016, arXiv:1611.01144).
-    """
-    groups, count, _ = p["codes"].shape
-    scores = linear(p["scores"], x).astype(jnp.float32).reshape(*x.shape[:2], groups, count)
-    chosen = shares = jax.nn.one_hot(scores.argmax(-1), count)
-    if key is not None:
-        soft = jax.nn.softmax((scores + jax.random.gumbel(key, scores.shape)) / temperature)
-        chosen = jax.nn.one_hot(soft.argmax(-1), count) + soft - jax.lax.stop_gradient(soft)
-        shares = jax.nn.softmax(scores)
-    weights = jnp.ones(x.shape[:2]) if masked is None else (masked != 0).astype(jnp.float32)
-    mean = jnp.einsum("btgv,bt->gv", shares, weights) / weights.sum()
-    perplexity = jnp.exp(-(mean * jnp.log(mean + 1e-7)).sum(-1)).sum()
-    codes = jnp.einsum("btgv,gvd->btgd", chosen.astype(x.dtype), p["codes"].astype(x.dtype))
-    return codes.reshape(*x.shape[:2], -1), perplexity.astype(x.dtype)
-
-
-def pretraining(
-    p: Any,
-    c: Wav2Vec2Config,
-    input_values: Any = None,
-    attention_mask: Any = None,
-    mask_time_indices: Any = None,
-    gumbel_temperature: Any = 2.0,
-    key: Any = None,
-) -> QuantizedOutput:
-    """States of all frames, and codes of what the frames were before some were hidden: [B, T, P] each."""
-    inner, drop, choose = split(key, 3)
-    x, found = encode(p, c, input_values, attention_mask, mask_time_indices, inner)
-    found = dropout(found, c.feat_quantizer_dropout, drop)
-    codes, perplexity = quantize(p["quantizer"], found, mask_time_indices, gumbel_temperature, choose)
-    return QuantizedOutput(
-        projected_states=linear(p["state_head"], x),
-        projected_quantized_states=linear(p["code_head"], codes),
-        codevector_perplexity=perplexity,
-    )
-
-
-def audio_classification(
-    p: Any, c: Wav2Vec2Config, input_values: Any = None, attention_mask: Any = None, **inputs: Any
-) -> LogitsOutput:
-    """A label for every recording, from the mean over its frames: [B, labels]."""
-    x, _ = encode(p, c, input_values, attention_mask, **inputs)
-    x = linear(p["projector"], x)
-    shape = x.shape[:2]
-    real = jnp.ones(shape, bool) if attention_mask is None else real_frames(c, attention_mask, shape[1])
-    return LogitsOutput(logits=linear(p["head"], _mean(x, real[..., None])))
-
-
-def frame_classification(p: Any, c: Wav2Vec2Config, input_values: Any = None, **inputs: Any) -> LogitsOutput:
-    """A label for every frame: [B, T, labels]."""
-    return LogitsOutput(logits=linear(p["head"], encode(p, c, input_values, **inputs)[0]))
-
-
-def xvector_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
-    """Time-delay layers (dilated convolutions, stored as linear maps), a vector of the pooled, scores of speakers."""
-    init, size = normal(c.initializer_range), c.xvector_output_dim
-    widths = zip((c.tdnn_dim[0], *c.tdnn_dim), c.tdnn_dim, c.tdnn_kernel, strict=False)
-    layers = [linear_spec("kernel", k * a, b, ("conv_in", "conv_out"), init=init) for a, b, k in widths]
-    return {
-        "projector": linear_spec("projector", c.hidden_size, c.tdnn_dim[0], ("embed", None), init=init),
-        "tdnn": stack_of("tdnn", layers),
-        "pooled": linear_spec("feature_extractor", 2 * c.tdnn_dim[-1], size, (None, None), init=init),
-        "head": linear_spec("classifier", size, size, (None, None), init=init),
-        "speakers": At("objective", {"kernel": Param((size, c.num_labels), (None, None), "weight", normal(1.0))}),
-    }
-
-
-def xvector(
-    p: Any, c: Wav2Vec2Config, input_values: Any = None, attention_mask: Any = None, **inputs: Any
-) -> XVectorOutput:
-    """Vectors that tell voices apart, from mean and deviation over frames [B, X] (Snyder et al. 2018)."""
-    x = linear(p["projector"], encode(p, c, input_values, attention_mask, **inputs)[0])
-    least = 1 + sum(dilation * (k - 1) for k, dilation in zip(c.tdnn_kernel, c.tdnn_dilation, strict=True))
-    if x.shape[1] < least:
-        raise ValueError(
-            f"the time-delay layers need {least} frames, input_values {input_values.shape} make {x.shape[1]}"
-        )
-    for layer, k, dilation in zip(p["tdnn"], c.tdnn_kernel, c.tdnn_dilation, strict=True):
-        kernel = layer["kernel"].reshape(k, -1, layer["kernel"].shape[-1])
-        x = jax.nn.relu(conv({**layer, "kernel": kernel}, x, dilation=dilation))
-    count = jnp.full(x.shape[:1], x.shape[1])
-    if attention_mask is not None:
-        # as the reference counts them: without the dilation, so that frames of padding are among them
-        lost = sum(c.tdnn_kernel) - len(c.tdnn_kernel)
-        count = jnp.minimum(count, frame_lengths(c, (attention_mask != 0).sum(-1), adapter=True) - lost)
-    real = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
-    mean = _mean(x, real)
-    var = _mean(jnp.square(x - mean[:, None]), real, lost=1)
-    deviation = jnp.where(var > 0, jnp.sqrt(jnp.where(var > 0, var, 1)), 0)  # a root of 0 has no gradient
-    vectors = linear(p["pooled"], jnp.concatenate([mean, deviation], -1))
-    y = linear(p["head"], vectors)
-    cosines = _unit(y, -1) @ _unit(p["speakers"]["kernel"].astype(y.dtype), 0)
-    return XVectorOutput(logits=y, embeddings=vectors, cosines=cosines)
 
 
 def language_leaves(spec: Spec) -> list[Entry]:
@@ -546,32 +277,6 @@ def language_leaves(spec: Spec) -> list[Entry]:
     if not adapters:
         raise ValueError("an adapter for each language needs adapter_attn_dim, and do_stable_layer_norm=True")
     return adapters + [entry for entry in entries if entry.path[0] == "head"]
-
-
-def _mean(x: jax.Array, real: jax.Array, lost: int = 0) -> jax.Array:
-    """Sum of the real frames over their number less `lost`, or over 1: [B, T, E] and [B, T, 1] -> [B, E]."""
-    return jnp.where(real, x, 0).sum(1) / jnp.maximum(real.sum(1) - lost, 1).astype(x.dtype)
-
-
-def _unit(x: jax.Array, axis: int) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 1e-12)
-
-
-def _linear(key: str, name: str, d_in: str, d_out: str) -> Callable[[Wav2Vec2Config], dict[str, Spec]]:
-    """A linear map between widths that the configuration names."""
-
-    def spec(c: Wav2Vec2Config) -> dict[str, Spec]:
-        init = normal(c.initializer_range)
-        axes = (None, "vocab" if d_out == "vocab_size" else None)
-        return {key: linear_spec(name, getattr(c, d_in), getattr(c, d_out), axes, init=init)}
-
-    return spec
-
-
-def _weights(c: Wav2Vec2Config) -> dict[str, Spec]:
-    """Weights of the states before and after every layer, all alike at first."""
-    shape = (c.num_hidden_layers + 1,)
-    return {"layer_weights": Param(shape, (None,), "layer_weights")} if c.use_weighted_layer_sum else {}
 
 
 def _no_adapter(spec: Callable[[Wav2Vec2Config], Spec]) -> Callable[[Wav2Vec2Config], Spec]:
@@ -628,6 +333,7 @@ FAMILY = Family(
     tf=Port(
         ("Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForSequenceClassification"),
         numbered=".",
-        lacks=lambda c: {"conv_dim": len(set(c.conv_dim)) > 1},
+        # Its weights of layers are saved where they are not looked for.
+        lacks=lambda c: {"conv_dim": len(set(c.conv_dim)) > 1, "use_weighted_layer_sum": c.use_weighted_layer_sum},
     ),
 )

@@ -328,6 +328,9 @@ FAMILY = Family(
             collected=ALONE,
         ),
     ),
-    flax=Port(("WhisperModel", "WhisperForConditionalGeneration", "WhisperForAudioClassification")),
+    flax=Port(
+        ("WhisperModel", "WhisperForConditionalGeneration", "WhisperForAudioClassification"),
+        lacks=lambda c: {"use_weighted_layer_sum": c.use_weighted_layer_sum},  # its weights are constants there
+    ),
     tf=Port(("WhisperModel", "WhisperForConditionalGeneration"), numbered="."),
 )

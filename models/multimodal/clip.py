@@ -173,7 +173,7 @@ def projection(name: str, c: TowerConfig, size: int) -> Spec:
 def text_spec(c: CLIPTextConfig) -> dict[str, Spec]:
     """Embeddings, layers and the last norm."""
     init = normal(c.initializer_factor * 0.02)
-    embeddings = {
+    embeddings: dict[str, Spec] = {
         "word": embed.embedding_spec("token_embedding", c.vocab_size, c.hidden_size, init=init, tf="weight"),
         "position": embed.embedding_spec(
             "position_embedding", c.max_position_embeddings, c.hidden_size, init=init, axes=(None, "embed")

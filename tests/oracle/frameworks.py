@@ -90,18 +90,19 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("bart/causal_lm"),
         Case("vit/image_classification", SQUARE),
         *map(Case, ("resnet/basic", "clip/model", "clip/vision_model", "clip/text_projection", "whisper/untied")),
+        Case("whisper/audio_classification"),
         *map(Case, ("wav2vec2/stable", "wav2vec2/pre_training")),
         Case("bert/masked_lm", BERT, "2KB", kept=True),
         Case("resnet/image_classification", RESNET, kept=True),
     ),
     "tf": (
         *map(Case, ("bert/model", "bert/pre_training", "gpt2/cross", "gpt2/double_heads")),
-        *map(Case, ("t5/encoder", "bart/conditional_generation")),
+        *map(Case, ("t5/gated_untied", "bart/conditional_generation")),
         Case("vit/image_classification", SQUARE),
         *map(Case, ("resnet/basic", "clip/model", "clip/text_model", "whisper/conditional_generation")),
         Case("wav2vec2/ctc", EQUAL),
         Case("bert/masked_lm", BERT, kept=True),
-        Case("t5/gated_untied", T5, "3KB", kept=True),
+        Case("t5/encoder", T5, "1KB", kept=True),
     ),
 }
 
@@ -155,6 +156,7 @@ def model_from(case: Case, folder: Path, formax: Any) -> Any:
     config = case.config
     family = registry.family(config["model_type"])
     found = family.find(config["architectures"][0])
+    assert found is not None, config["architectures"]
     parsed = family.config.from_dict(config, source=case.name)
     stored = table(found.spec(parsed)).stored()
     tensors = {name: case.weight(name, entries[0].stored_shape) for name, entries in stored.items()}
