@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.spec import At, Param, Spec, ones, zeros
+from formax.core.spec import At, Ignored, Param, Spec, ones, zeros
 
 
 def layer_spec(name: str, size: int) -> Spec:
@@ -60,15 +61,25 @@ def batch_spec(name: str, size: int, *, counted: bool = True) -> Spec:
 
     Checkpoints of frozen batch normalisation do not count the batches (`counted=False`).
     """
-    spec: dict[str, Spec] = {
+    spec: dict[str, Spec] = dict(_batch_leaves(size))
+    if counted:
+        spec["count"] = Param((), (), "num_batches_tracked", zeros, buffer=True, optional=True, stored_as="int64")
+    return At(name, spec)
+
+
+def _batch_leaves(size: int) -> dict[str, Param]:
+    return {
         "scale": Param((size,), ("conv_out",), "weight", ones),
         "bias": Param((size,), ("conv_out",), "bias", zeros),
         "mean": Param((size,), ("conv_out",), "running_mean", zeros, buffer=True),
         "var": Param((size,), ("conv_out",), "running_var", ones, buffer=True),
     }
-    if counted:
-        spec["count"] = Param((), (), "num_batches_tracked", zeros, buffer=True, optional=True, stored_as="int64")
-    return At(name, spec)
+
+
+def frozen_batch_spec(name: str, size: int) -> Spec:
+    """A batch norm whose parameters are all statistics, none of them trained, and whose batches are not counted."""
+    frozen = {key: replace(leaf, buffer=True) for key, leaf in _batch_leaves(size).items()}
+    return At(name, {**frozen, "count": Ignored("num_batches_tracked")})
 
 
 def batch(

@@ -8,7 +8,6 @@ data2vec and the conformers keep these parts, and their names in checkpoints.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import jax

@@ -159,14 +159,7 @@ def xvector_spec(c: Any) -> dict[str, Spec]:
 
 
 def time_delay(p: Any, c: Any, x: jax.Array) -> jax.Array:
-    """The time-delay layers, each with a ReLU: [B, T, E] -> [B, T', E'], shorter by what their windows span.
-
-    Raises:
-        ValueError: the windows span more frames than there are.
-    """
-    least = 1 + sum(dilation * (k - 1) for k, dilation in zip(c.tdnn_kernel, c.tdnn_dilation, strict=True))
-    if x.shape[1] < least:
-        raise ValueError(f"the time-delay layers need {least} frames, input_values make {x.shape[1]}")
+    """The time-delay layers, each with a ReLU: [B, T, E] -> [B, T', E'], shorter by what their windows span."""
     for layer, k, dilation in zip(p, c.tdnn_kernel, c.tdnn_dilation, strict=True):
         kernel = layer["kernel"].reshape(k, -1, layer["kernel"].shape[-1])
         x = jax.nn.relu(conv({**layer, "kernel": kernel}, x, dilation=dilation))
@@ -178,6 +171,11 @@ def xvector(encode: Apply) -> Apply:
 
     def apply(p: Any, c: Any, input_values: Any = None, attention_mask: Any = None, **inputs: Any) -> XVectorOutput:
         x = linear(p["projector"], encode(p, c, input_values, attention_mask, **inputs)[0])
+        least = 1 + sum(dilation * (k - 1) for k, dilation in zip(c.tdnn_kernel, c.tdnn_dilation, strict=True))
+        if x.shape[1] < least:
+            raise ValueError(
+                f"the time-delay layers need {least} frames, input_values {input_values.shape} make {x.shape[1]}"
+            )
         x = time_delay(p["tdnn"], c, x)
         count = jnp.full(x.shape[:1], x.shape[1])
         if attention_mask is not None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
+from itertools import takewhile
 from pathlib import Path
 
 import jax
 
-from formax.conversion.checkpoint import FORMATS, write_checkpoint
+from formax.conversion.checkpoint import CANDIDATES, FILES, FORMATS, write_checkpoint
 from formax.conversion.load import stored_tensors
 from formax.conversion.tf_h5 import Keras, model_name
 from formax.core import frameworks
 from formax.model import Model
+
+log = logging.getLogger("formax")
 
 
 def save(model: Model, directory: Path, max_shard_size: int | str, format: str = "pytorch") -> list[Path]:
@@ -37,8 +41,9 @@ def save(model: Model, directory: Path, max_shard_size: int | str, format: str =
         architectures=(model.architecture.name,), dtype=dtypes.pop() if len(dtypes) == 1 else model.config.dtype
     )
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
-    return write_checkpoint(
-        directory.expanduser(),
+    directory = directory.expanduser()
+    written = write_checkpoint(
+        directory,
         tensors,
         fetch,
         max_shard_size=max_shard_size,
@@ -46,3 +51,7 @@ def save(model: Model, directory: Path, max_shard_size: int | str, format: str =
         framework=format,
         keras=keras,
     )
+    for name in takewhile(lambda name: name not in FILES[format], CANDIDATES):
+        if (directory / name).exists():
+            log.warning("%s still holds %s, which is opened in the place of what was saved just now", directory, name)
+    return written

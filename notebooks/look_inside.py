@@ -242,7 +242,7 @@ panel.set(xlabel="step", ylabel="loss", ylim=0, title="slowly, then all at once"
 panel.legend()
 
 # %% [markdown]
-# At first the loss falls slowly, past what one could reach by knowing only which letters are in the text (dashed). Then,
+# At first the loss falls slowly, past what knowing only the letters of the text would give (dashed line). Then,
 # within a few dozen steps, everything is predictable. If the story of the two heads is true they must be there now. We
 # ask both layers: how much do you look at the letter before? And how much at letters that *followed* the present one in
 # an earlier round?

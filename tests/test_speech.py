@@ -10,6 +10,7 @@ import pytest
 from battery.goldens import Golden
 
 from formax.core import spec as specs
+from formax.layers import speech_heads
 from formax.models.audio import wav2vec2
 from formax.training import speech
 
@@ -195,7 +196,7 @@ def test_codes_are_drawn_by_their_scores(tmp_path: Path) -> None:
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 1, 10)), (1, 3000, 10))
     groups = p["codes"].shape[:2]
     one_hot = {**p, "codes": jnp.broadcast_to(jnp.eye(groups[1]), (*groups, groups[1]))}
-    codes, perplexity = wav2vec2.quantize(one_hot, x, None, 2.0, jax.random.key(1))
+    codes, perplexity = speech_heads.quantize(one_hot, x, None, 2.0, jax.random.key(1))
     scores = (x[0, 0] @ p["scores"]["kernel"] + p["scores"]["bias"]).reshape(groups)
     chances = jax.nn.softmax(scores)
     found = codes.reshape(3000, *groups)

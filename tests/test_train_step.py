@@ -105,7 +105,7 @@ def test_a_compiled_step_takes_the_state_over_and_leaves_the_callers_key() -> No
     optimizer = optax.adamw(1e-3)
     key, model = jax.random.key(5), bert()
     state = init_state(model, optimizer, key)
-    step = compile_step(make_train_step(optimizer), state)
+    step: Any = compile_step(make_train_step(optimizer), state)
     new, _ = step(state, BATCH)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.model, state.opt_state)))
     assert not any(leaf.is_deleted() for leaf in (*jax.tree.leaves(new), key))

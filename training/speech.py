@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from formax.models.audio.wav2vec2 import frame_lengths
+from formax.layers.speech import frame_lengths
 from formax.training.losses import cross_entropy
 
 Batch = Mapping[str, Any]

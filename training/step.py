@@ -178,7 +178,7 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = DEFAULT_RULES)
         mesh: the devices.
         rules: as of `formax.sharding.shardings`.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole: Any = NamedSharding(mesh, PartitionSpec())
     params = shardings(state.model.spec, mesh, rules)
     opt_state = _follow(state.opt_state, state.model.params, dict(_paths(params)), whole)
     return TrainState(state.model.replace(params=params), opt_state, whole, None if state.key is None else whole)

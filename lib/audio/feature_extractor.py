@@ -17,8 +17,17 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from formax.audio import spectrogram
-from formax.vision.files import PREPROCESSOR, BatchFeature, as_batch, folder_of, save, settings_of, type_of, unknown
-from formax.vision.image_processor import split_options
+from formax.processors.files import (
+    PREPROCESSOR,
+    BatchFeature,
+    as_batch,
+    folder_of,
+    save,
+    settings_of,
+    split_options,
+    type_of,
+    unknown,
+)
 
 # Added to a variance before its root is divided by.
 _EPSILON = 1e-7

@@ -73,6 +73,7 @@ class Family:
         inputs: the function whose parameters name what models of this family are called with.
         architectures: the bare model first.
         relative: model type of the family that this one is a small step from.
+        old_names: {class name that older config.json files have: its name today}.
         init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode; it gives None
             for a configuration that does not.
         flax: what Flax has of it; None for nothing.
@@ -86,6 +87,7 @@ class Family:
     architectures: tuple[Architecture, ...]
     init_cache: Callable[..., Any] | None = None
     relative: str | None = None
+    old_names: Mapping[str, str] = field(default_factory=dict)
     flax: Port | None = None
     tf: Port | None = None
 
@@ -99,6 +101,7 @@ class Family:
     def find(self, name: str) -> Architecture | None:
         """The architecture of that name, without the "TF" or "Flax" that other frameworks put before it."""
         plain = name.removeprefix("TF").removeprefix("Flax")
+        plain = self.old_names.get(plain, plain)
         return next((arch for arch in self.architectures if arch.name == plain), None)
 
     def for_task(self, task: str) -> Architecture | None:

@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities along the last axis."""
+    exps = np.exp(logits - logits.max(-1, keepdims=True))
+    return exps / exps.sum(-1, keepdims=True)
+
+
 def post_process_object_detection(
     outputs: Any, threshold: float = 0.5, target_sizes: Any = None
 ) -> list[dict[str, np.ndarray]]:
@@ -32,8 +38,7 @@ def post_process_object_detection(
         raise ValueError(
             f"logits are [B, Q, classes + 1] and pred_boxes [B, Q, 4]; these are {logits.shape} and {boxes.shape}"
         )
-    exps = np.exp(logits - logits.max(-1, keepdims=True))
-    objects = (exps / exps.sum(-1, keepdims=True))[..., :-1]
+    objects = softmax(logits)[..., :-1]
     scores, labels = objects.max(-1), objects.argmax(-1)
 
     middle, extent = boxes[..., :2], boxes[..., 2:]

@@ -1,15 +1,14 @@
 """Image processors: from images to `pixel_values`, as `preprocessor_config.json` says.
 
 Every type is the same pipeline (convert to RGB, resize, crop, rescale, normalise, pad) under defaults of its own, and
-takes the settings that its reference takes; `TYPES` is the table. Values are those of the reference's PIL processors;
-the types that end in "Fast", which the reference runs on torchvision, are computed as those without the ending, as the
-reference does where torchvision is missing (resized pixels then differ by a grey level at most, and a crop of an odd
-number of spare pixels by one pixel).
+takes the settings that its reference takes; `TYPES` is the table. Values are those of the reference on Pillow.
+The types that end in "Fast", which the reference runs on torchvision, are computed as those without the ending, as the
+reference does where torchvision is missing: with it, resized values are rounded otherwise, and an odd border around a
+small image is split the other way. What they can do beyond the others (crop, pad), they do.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,22 +19,22 @@ from typing import Any
 
 import numpy as np
 
-from formax.vision import steps
-from formax.vision.detection import post_process_object_detection
-from formax.vision.files import (
+from formax.processors.files import (
     PREPROCESSOR,
     BatchFeature,
     as_batch,
     folder_of,
     save,
     settings_of,
+    split_options,
     type_of,
     unknown,
 )
+from formax.vision import segmentation, steps
+from formax.vision.detection import post_process_object_detection
 
 _HALVES = (0.5, 0.5, 0.5)
 _COMMON: dict[str, Any] = {
-    "do_convert_rgb": None,
     "do_resize": True,
     "resample": 2,
     "do_rescale": True,
@@ -44,12 +43,13 @@ _COMMON: dict[str, Any] = {
     "image_mean": _HALVES,
     "image_std": _HALVES,
 }
+_RGB: dict[str, Any] = {"do_convert_rgb": None}
 _CROP: dict[str, Any] = {"do_center_crop": False, "crop_size": None}
 _PAD: dict[str, Any] = {"do_pad": False, "pad_size": None}
 
 # The settings that a type takes, with its defaults; a setting that is not here does nothing in that type.
 _SLOW: dict[str, dict[str, Any]] = {
-    "ViTImageProcessor": _COMMON | {"size": {"height": 224, "width": 224}},
+    "ViTImageProcessor": _COMMON | _RGB | {"size": {"height": 224, "width": 224}},
     "ConvNextImageProcessor": _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
     "CLIPImageProcessor": _COMMON
     | {
@@ -70,7 +70,7 @@ _SLOW: dict[str, dict[str, Any]] = {
         "pad_size": None,
     },
 }
-TYPES: dict[str, dict[str, Any]] = _SLOW | {f"{name}Fast": _CROP | _PAD | row for name, row in _SLOW.items()}
+TYPES: dict[str, dict[str, Any]] = _SLOW | {f"{name}Fast": _RGB | _CROP | _PAD | row for name, row in _SLOW.items()}
 
 # For files that name no type.
 _MODEL_TYPES = {
@@ -357,21 +357,8 @@ class ImageProcessor:
             image = step(image)
         return image.astype(np.float32) if np.issubdtype(image.dtype, np.floating) else image
 
-    def post_process_object_detection(
-        self, outputs: Any, threshold: float = 0.5, target_sizes: Any = None
-    ) -> list[dict[str, np.ndarray]]:
-        """The objects found in each image: see `formax.vision.detection`."""
-        return post_process_object_detection(outputs, threshold, target_sizes)
-
-
-_WHERE = ("revision", "cache_dir", "local_files_only", "token")
-
-
-def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of `from_pretrained` as (where to look, settings to replace)."""
-    where = {key: value for key, value in options.items() if key in _WHERE}
-    return where, {key: value for key, value in options.items() if key not in _WHERE}
-
-
-# The names of settings, for those who hand options on.
-SETTINGS = tuple(f.name for f in dataclasses.fields(ImageProcessor) if f.name not in ("image_processor_type", "other"))
+    # What the outputs of models that find objects and segments mean.
+    post_process_object_detection = staticmethod(post_process_object_detection)
+    post_process_semantic_segmentation = staticmethod(segmentation.post_process_semantic_segmentation)
+    post_process_instance_segmentation = staticmethod(segmentation.post_process_instance_segmentation)
+    post_process_panoptic_segmentation = staticmethod(segmentation.post_process_panoptic_segmentation)

@@ -230,7 +230,8 @@ def center_crop(image: np.ndarray, size: Mapping[str, int]) -> np.ndarray:
     for axis, wanted in enumerate((size["height"], size["width"])):
         spare = image.shape[axis] - wanted
         if spare >= 0:
-            image = image.take(range(spare // 2, spare // 2 + wanted), axis)
+            middle = slice(spare // 2, spare // 2 + wanted)
+            image = image[middle] if axis == 0 else image[:, middle]
         else:
             before = math.ceil(-spare / 2)
             widths = [(0, 0)] * 3

@@ -8,70 +8,35 @@ arXiv:2305.13516). Most speech encoders here descend from it.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.layout import CONV_1D, Reshape
-from formax.core.outputs import LogitsOutput, Output, output
+from formax.core.outputs import SpeechOutput
 from formax.core.rng import split
-from formax.core.spec import At, Entry, Ignored, Param, Spec, fold, normal, stack_of, table
-from formax.layers import mlp, norm
-from formax.layers.activations import activation, check_activation
+from formax.core.spec import At, Entry, Spec, fold, normal, stack_of, table
+from formax.layers import mlp, norm, speech, speech_heads
 from formax.layers.attention import Mask, attention_spec, self_attention
-from formax.layers.conv import conv, conv_spec
 from formax.layers.dropout import dropout
 from formax.layers.heads import with_heads
 from formax.layers.linear import linear, linear_spec
-from formax.layers.spec_augment import span_mask
-
-EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
+from formax.layers.speech import AdaptedSpeechConfig
+from formax.layers.speech_heads import between
 
 
 @config
-class Wav2Vec2Config(Config):
+class Wav2Vec2Config(AdaptedSpeechConfig):
     """`config.json` of model type "wav2vec2"."""
 
     model_type: ClassVar[str] = "wav2vec2"
-    implemented: ClassVar = {"feat_extract_norm": ("group", "layer")}
 
-    vocab_size: int = 32
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout: float = 0.1
-    activation_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    feat_proj_dropout: float = 0.0
-    feat_quantizer_dropout: float = 0.0
-    final_dropout: float = 0.1
-    layerdrop: float = 0.1
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-5
-    feat_extract_norm: str = "group"
-    feat_extract_activation: str = "gelu"
-    conv_dim: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
-    conv_stride: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
-    conv_kernel: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
-    conv_bias: bool = False
-    num_feat_extract_layers: int | None = None  # None: as many as the three above have
-    num_conv_pos_embeddings: int = 128
-    num_conv_pos_embedding_groups: int = 16
     do_stable_layer_norm: bool = False
-    apply_spec_augment: bool = True
-    mask_time_prob: float = 0.05
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
-    mask_feature_prob: float = 0.0
-    mask_feature_length: int = 10
-    mask_feature_min_masks: int = 0
+    feat_quantizer_dropout: float = 0.0
     num_codevectors_per_group: int = 320
     num_codevector_groups: int = 2
     contrastive_logits_temperature: float = 0.1
@@ -79,54 +44,16 @@ class Wav2Vec2Config(Config):
     codevector_dim: int = 256
     proj_codevector_dim: int = 256
     diversity_loss_weight: float = 0.1
-    ctc_loss_reduction: str = "sum"
-    ctc_zero_infinity: bool = False
-    use_weighted_layer_sum: bool = False
-    classifier_proj_size: int = 256
     tdnn_dim: tuple[int, ...] = (512, 512, 512, 512, 1500)
     tdnn_kernel: tuple[int, ...] = (5, 3, 3, 1, 1)
     tdnn_dilation: tuple[int, ...] = (1, 2, 3, 1, 1)
     xvector_output_dim: int = 512
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 2
-    add_adapter: bool = False
-    adapter_kernel_size: int = 3
-    adapter_stride: int = 2
-    num_adapter_layers: int = 3
-    output_hidden_size: int | None = None  # None: hidden_size
     adapter_attn_dim: int | None = None
 
     def check(self) -> None:
-        for whole, part in (
-            ("hidden_size", "num_attention_heads"),
-            ("hidden_size", "num_conv_pos_embedding_groups"),
-            ("codevector_dim", "num_codevector_groups"),
-        ):
-            a, b = getattr(self, whole), getattr(self, part)
-            if b < 1 or a % b:
-                raise ConfigError(f"{whole}={a} is no multiple of {part}={b}")
-        for dims, *others in (("conv_dim", "conv_stride", "conv_kernel"), ("tdnn_dim", "tdnn_kernel", "tdnn_dilation")):
-            for other in others:
-                a, b = getattr(self, dims), getattr(self, other)
-                if len(a) != len(b) or not a:
-                    raise ConfigError(f"{dims}={a} and {other}={b} must have one entry a layer")
-        if self.num_feat_extract_layers not in (None, len(self.conv_dim)):
-            raise ConfigError(f"num_feat_extract_layers={self.num_feat_extract_layers}, but conv_dim={self.conv_dim}")
-        for name in ("hidden_act", "feat_extract_activation"):
-            check_activation(getattr(self, name), name)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def states_size(self) -> int:
-        """Width of the last hidden state."""
-        return (self.output_hidden_size or self.hidden_size) if self.add_adapter else self.hidden_size
-
-
-# ---- samples to frames
+        super().check()
+        check_multiple(self, "codevector_dim", "num_codevector_groups")
+        speech.check_lengths(self, "tdnn_dim", "tdnn_kernel", "tdnn_dilation")
 
 
 # ---- layers
@@ -176,7 +103,7 @@ def stable_block(p: Any, c: Wav2Vec2Config, x: jax.Array, mask: Mask, key: Any) 
     x = x + attend(p, c, norm.layer(p["attn_norm"], x, c.layer_norm_eps), mask, keys[0])
     x = x + feed(p, c, norm.layer(p["mlp_norm"], x, c.layer_norm_eps), keys[1])
     if "adapter" in p:
-        x = x + mlp.dense(p["adapter"], norm.layer(p["adapter"]["norm"], x, EPS), "relu", name="adapter")
+        x = x + mlp.dense(p["adapter"], norm.layer(p["adapter"]["norm"], x, speech.EPS), "relu", name="adapter")
     return x
 
 
@@ -186,22 +113,18 @@ def stable_block(p: Any, c: Wav2Vec2Config, x: jax.Array, mask: Mask, key: Any) 
 def model_spec(c: Wav2Vec2Config) -> dict[str, Spec]:
     """Convolutions, projection, positions and layers; the norm comes before the layers, or in stable models after."""
     width, e = c.conv_dim[-1], c.hidden_size
+    project = linear_spec("feature_projection.projection", width, e, ("conv_out", "embed"), init=speech.UNIFORM)
     first: dict[str, Spec] = {
-        "conv": features_spec(c),
+        "conv": speech.features_spec(c),
         "features_norm": norm.layer_spec("feature_projection.layer_norm", width),
-        "project": linear_spec("feature_projection.projection", width, e, ("conv_out", "embed"), init=UNIFORM),
-        "position": position_spec(c),
+        "project": project,
+        "position": speech.position_spec(c),
+        "masked": speech.masked_spec(c),
     }
-    if c.mask_time_prob > 0 or c.mask_feature_prob > 0:
-        first["masked"] = Param((e,), ("embed",), "masked_spec_embed", UNIT, optional=True)
-    else:
-        first["masked"] = Ignored("masked_spec_embed")
-    spec: dict[str, Spec] = {
-        "embed": first,
-        "layers": stack_of("encoder.layers", [block_spec(c)] * c.num_hidden_layers),
-    }
+    blocks = stack_of("encoder.layers", [block_spec(c)] * c.num_hidden_layers)
+    spec: dict[str, Spec] = {"embed": first, "layers": blocks}
     (spec if c.do_stable_layer_norm else first)["norm"] = norm.layer_spec("encoder.layer_norm", e)
-    return spec | ({"adapter": At("adapter", adapter_spec(c), tf="")} if c.add_adapter else {})
+    return spec | ({"adapter": At("adapter", speech.adapter_spec(c), tf="")} if c.add_adapter else {})
 
 
 def encode(
@@ -217,20 +140,18 @@ def encode(
     The states are the weighted sum of all layers' where `p` has weights for it; T and E are the adapter's where there
     is one. `attention_mask` is of samples; `mask_time_indices` [B, T], which frames to hide, is of frames.
     """
-    shape, least = getattr(input_values, "shape", None), least_samples(c)
-    if shape is None or len(shape) != 2 or shape[1] < least:
-        raise ValueError(f"input_values must be [batch, samples], at least {least} of them; got shape {shape}")
-    frames, keys = frame_lengths(c, shape[1]), split(key, 4)
-    real = None if attention_mask is None else real_frames(c, attention_mask, frames)
+    speech.check_samples(c, input_values)
+    frames, keys = speech.frame_lengths(c, input_values.shape[1]), split(key, 4)
+    real = None if attention_mask is None else speech.real_frames(c, attention_mask, frames)
     with tap.scope("embed"):
         own = p["embed"]
-        found = tap.tap("features", features(own["conv"], c, input_values))
+        found = tap.tap("features", speech.features(own["conv"], c, input_values))
         found = norm.layer(own["features_norm"], found, c.layer_norm_eps)
         x = dropout(linear(own["project"], found), c.feat_proj_dropout, keys[0])
-        x = hide(own, c, x, mask_time_indices, real, keys[1])
+        x = speech.hide(own, c, x, mask_time_indices, real, keys[1])
         if real is not None:
             x = jnp.where(real[..., None], x, 0)
-        x = x + tap.tap("position", positions(own["position"], c, x))
+        x = x + tap.tap("position", speech.positions(own["position"], c, x))
         if "norm" in own:
             x = norm.layer(own["norm"], x, c.layer_norm_eps)
         x = tap.tap("out", dropout(x, c.hidden_dropout, keys[2]))
@@ -243,13 +164,12 @@ def encode(
             y = jnp.where(jax.random.bernoulli(skip, c.layerdrop), x, y)
         return y, x
 
-    layers = p.get("layers", ())
-    x, before = fold(run, layers, x, cache=(None,) * len(layers) if isinstance(layers, tuple) else {}, key=keys[3])
+    x, before = fold(run, p.get("layers", ()), x, key=keys[3])
     if "norm" in p:
         x = tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_eps))
     if "layer_weights" in p:
         return jnp.tensordot(jax.nn.softmax(p["layer_weights"]).astype(x.dtype), jnp.stack([*before, x]), 1), found
-    return adapt(p["adapter"], c, x) if "adapter" in p else x, found
+    return speech.adapt(p["adapter"], c, x) if "adapter" in p else x, found
 
 
 def model(p: Any, c: Wav2Vec2Config, input_values: Any = None, **inputs: Any) -> SpeechOutput:
@@ -259,6 +179,9 @@ def model(p: Any, c: Wav2Vec2Config, input_values: Any = None, **inputs: Any) ->
 
 
 # ---- heads
+
+
+ctc, pretraining = speech_heads.ctc(encode), speech_heads.pretraining(encode)
 
 
 def masked_lm(p: Any, c: Wav2Vec2Config, input_values: Any = None, attention_mask: Any = None, **inputs: Any) -> Any:
@@ -291,9 +214,11 @@ def _no_adapter(spec: Callable[[Wav2Vec2Config], Spec]) -> Callable[[Wav2Vec2Con
 
 
 _with = partial(with_heads, "wav2vec2", model_spec)
-_labels = _linear("head", "classifier", "hidden_size", "num_labels")
-_recording = _linear("projector", "projector", "hidden_size", "classifier_proj_size")
-_projected = _linear("head", "classifier", "classifier_proj_size", "num_labels")
+_words = between("head", "lm_head", "hidden_size", "vocab_size")
+_labels = between("head", "classifier", "hidden_size", "num_labels")
+_recording = between("projector", "projector", "hidden_size", "classifier_proj_size")
+_projected = between("head", "classifier", "classifier_proj_size", "num_labels")
+_weights = speech_heads.layer_weights
 
 FAMILY = Family(
     "wav2vec2",
@@ -303,28 +228,32 @@ FAMILY = Family(
     architectures=(
         Architecture("Wav2Vec2Model", "", model_spec, model),
         Architecture(
-            "Wav2Vec2ForPreTraining", "ForPreTraining", _with(quantizer_spec), pretraining, inputs=pretraining
+            "Wav2Vec2ForPreTraining",
+            "ForPreTraining",
+            _with(speech_heads.quantizer_spec),
+            pretraining,
+            inputs=pretraining,
         ),
-        Architecture("Wav2Vec2ForCTC", "ForCTC", _with(_linear("head", "lm_head", "states_size", "vocab_size")), ctc),
-        Architecture(
-            "Wav2Vec2ForMaskedLM",
-            "ForMaskedLM",
-            _with(_linear("head", "lm_head", "hidden_size", "vocab_size")),
-            masked_lm,
-        ),
+        Architecture("Wav2Vec2ForCTC", "ForCTC", _with(between("head", "lm_head", "states_size", "vocab_size")), ctc),
+        Architecture("Wav2Vec2ForMaskedLM", "ForMaskedLM", _with(_words), masked_lm),
         Architecture(
             "Wav2Vec2ForSequenceClassification",
             "ForAudioClassification",
             _no_adapter(_with(_weights, _recording, _projected)),
-            audio_classification,
+            speech_heads.audio_classification(encode),
         ),
         Architecture(
             "Wav2Vec2ForAudioFrameClassification",
             "ForAudioFrameClassification",
             _no_adapter(_with(_weights, _labels)),
-            frame_classification,
+            speech_heads.frame_classification(encode),
         ),
-        Architecture("Wav2Vec2ForXVector", "ForAudioXVector", _with(_weights, xvector_spec), xvector),
+        Architecture(
+            "Wav2Vec2ForXVector",
+            "ForAudioXVector",
+            _with(_weights, speech_heads.xvector_spec),
+            speech_heads.xvector(encode),
+        ),
     ),
     flax=Port(
         ("Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForPreTraining"),

@@ -14,18 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
+from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqOutput
 from formax.core.rng import split
-from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
-from formax.layers import embed, heads, norm
+from formax.core.spec import At, Param, Spec, constant, fold, normal, optional, stack_of
+from formax.layers import embed, heads, norm, seq2seq_heads
 from formax.layers.activations import activation, check_activation
-from formax.layers.attention import Mask, from_attention_mask
+from formax.layers.attention import Mask
 from formax.layers.conv import channels_last, conv, conv_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.seq2seq import states_of
+from formax.layers.seq2seq import decoder_mask, states_of
 from formax.layers.spec_augment import span_mask
 from formax.models.text.bart import ALONE, EPS, block, block_spec, check_memory, init_cache
 
@@ -82,9 +82,7 @@ class WhisperConfig(Config):
 
     def check(self) -> None:
         for part in ("encoder", "decoder"):
-            count = getattr(self, f"{part}_attention_heads")
-            if count < 1 or self.d_model % count:
-                raise ConfigError(f"d_model={self.d_model} is no multiple of {part}_attention_heads={count}")
+            check_multiple(self, "d_model", f"{part}_attention_heads")
         if self.d_model % 2 or self.d_model < 4:
             raise ConfigError(f"d_model={self.d_model} must be even and at least 4, for sines and as many cosines")
         check_activation(self.activation_function, "activation_function")
@@ -139,8 +137,8 @@ def model_spec(c: WhisperConfig) -> dict[str, Spec]:
     return {**encoder_spec(c), **decoder_spec(c)}
 
 
-def hear(p: Any, c: WhisperConfig, features: Any, key: Any, *, every: bool = False) -> Any:
-    """The encoder: spectrogram [B, mels, frames] -> (states [B, S, E], those before each layer if `every`)."""
+def hear(p: Any, c: WhisperConfig, features: Any, key: Any) -> Any:
+    """The encoder: spectrogram [B, mels, frames] -> (states [B, S, E], those before each layer)."""
     frames = 2 * c.max_source_positions
     if features is None or features.ndim != 3 or features.shape[1:] != (c.num_mel_bins, frames):
         shape = None if features is None else features.shape
@@ -158,9 +156,7 @@ def hear(p: Any, c: WhisperConfig, features: Any, key: Any, *, every: bool = Fal
         def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
             return block(p, c, "encoder", x, Mask(), None, None, None, key, pre_norm)[0], x
 
-        layers = p["encoder"].get("layers", ())
-        kept: Any = (None,) * len(layers) if isinstance(layers, tuple) else {}  # what a layer returns beside its states
-        x, before = fold(run, layers, x, cache=kept if every else None, key=k_layers)
+        x, before = fold(run, p["encoder"].get("layers", ()), x, key=k_layers)
         return tap.tap("last", norm.layer(p["encoder"]["norm"], x, EPS)), before
 
 
@@ -204,9 +200,8 @@ def decode(
     """The decoder: ids [B, T] and an encoder's states [B, S, E], if there are any -> (states [B, T, E], cache)."""
     embed.check_inputs(input_ids, inputs_embeds, c.max_target_positions, "decoder_" if "encoder" in p else "")
     k_embed, k_layers = split(key, 2)
-    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
     memory = None if encoder_outputs is None else states_of(encoder_outputs)
-    mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
+    mask = decoder_mask(attention_mask, cache)
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, "decoder", x, mask, memory, Mask(), cache, key, pre_norm)
@@ -214,7 +209,7 @@ def decode(
     with tap.scope("decoder"):
         with tap.scope("embed"):
             x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
-            positions = offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
+            positions = mask.q_offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
             x = x + embed.embed(p["decoder"]["embed"]["position"], positions)
             x = tap.tap("out", dropout(x, c.dropout, k_embed))
         x, cache = fold(run, p["decoder"].get("layers", ()), x, cache=cache, key=k_layers)
@@ -251,14 +246,6 @@ def run_both(
     return Seq2SeqOutput(last_hidden_state=x, cache=cache, encoder_last_hidden_state=memory)
 
 
-def conditional_generation(p: Any, c: WhisperConfig, input_features: Any = None, **inputs: Any) -> Seq2SeqLogitsOutput:
-    """Scores of the decoder's next words [B, T, V]."""
-    out = run_both(p, c, input_features, **inputs)
-    memory = out.encoder_last_hidden_state
-    logits = heads.lm_logits(p, out.last_hidden_state)
-    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=memory)
-
-
 def audio_classification(
     p: Any, c: WhisperConfig, input_features: Any = None, encoder_outputs: Any = None, key: Any = None
 ) -> LogitsOutput:
@@ -268,7 +255,7 @@ def audio_classification(
             raise ValueError("use_weighted_layer_sum=True needs the states of all layers: give input_features")
         x = states_of(encoder_outputs)
     else:
-        x, before = hear(p, c, input_features, key, every=c.use_weighted_layer_sum)
+        x, before = hear(p, c, input_features, key)
         if c.use_weighted_layer_sum:
             weights = jax.nn.softmax(p["layer_weights"]).astype(x.dtype)
             x = jnp.tensordot(weights, jnp.stack([*before, x]), 1)
@@ -279,8 +266,7 @@ def classifier_spec(c: WhisperConfig) -> dict[str, Spec]:
     """The encoder and what is made of its states."""
     make, size = partial(linear_spec, axes=("embed", None), init=normal(c.init_std)), c.classifier_proj_size
     count = c.encoder_layers + 1
-    even = jax.nn.initializers.constant(1 / count)
-    own: dict[str, Spec] = {"layer_weights": Param((count,), (None,), "layer_weights", even)}
+    own: dict[str, Spec] = {"layer_weights": Param((count,), (None,), "layer_weights", constant(1 / count))}
     ends: dict[str, Spec] = own if c.use_weighted_layer_sum else {}
     ends |= {"projector": make("projector", c.d_model, size), "head": make("classifier", size, c.num_labels)}
     # the encoder of a whole model has none of these
@@ -295,6 +281,7 @@ FAMILY = Family(
     WhisperConfig,
     base="model",
     inputs=run_both,
+    relative="bart",
     init_cache=init_cache,
     architectures=(
         _seq2seq("WhisperModel", "", model_spec, run_both),
@@ -302,7 +289,7 @@ FAMILY = Family(
             "WhisperForConditionalGeneration",
             "ForSpeechSeq2Seq",
             heads.with_heads("model", model_spec, _words),
-            conditional_generation,
+            seq2seq_heads.conditional_generation(run_both),
             also=("ForPreTraining",),
         ),
         Architecture(

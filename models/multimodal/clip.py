@@ -8,19 +8,18 @@ tower alone is a model type of its own; its parameters are `params["text"]` and 
 
 from collections.abc import Mapping
 from dataclasses import field
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.frozen import FrozenDict
 from formax.core.outputs import Array, BaseModelOutput, LogitsOutput, Output, output
 from formax.core.rng import split
-from formax.core.spec import At, Ignored, Initializer, Param, Spec, fold, normal, optional, stack_of, under
+from formax.core.spec import At, Ignored, Param, Spec, constant, fold, normal, optional, stack_of, under
 from formax.layers import embed, mlp, norm
 from formax.layers.activations import check_activation
 from formax.layers.attention import Mask, attention_spec, from_attention_mask, self_attention
@@ -48,10 +47,7 @@ class TowerConfig(Config):
     initializer_factor: float = 1.0
 
     def check(self) -> None:
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}"
-            )
+        check_multiple(self, "hidden_size", "num_attention_heads")
         check_activation(self.hidden_act)
 
     @property
@@ -122,12 +118,6 @@ class CLIPConfig(Config):
     @property
     def max_position_embeddings(self) -> int:
         return self.text_config.max_position_embeddings
-
-
-@lru_cache(maxsize=64)
-def constant(value: float) -> Initializer:
-    """Every element is `value`."""
-    return jax.nn.initializers.constant(value)
 
 
 def layers_spec(c: TowerConfig) -> tuple[Spec, ...]:
@@ -428,6 +418,7 @@ FAMILY = Family(
     CLIPConfig,
     base="",
     inputs=model,
+    relative="vit",
     architectures=(
         Architecture(
             "CLIPModel",

@@ -14,20 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.frozen import FrozenDict
 from formax.core.layout import Reshape
-from formax.core.outputs import BaseModelOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
-from formax.core.outputs import Seq2SeqQuestionAnsweringOutput as SpanOutput
-from formax.core.rng import fold_path, split
+from formax.core.outputs import BaseModelOutput, Seq2SeqOutput
+from formax.core.rng import split
 from formax.core.spec import At, Ignored, Param, Spec, Tied, fold, normal, optional, stack_of
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import embed, heads, mlp, norm, seq2seq_heads
 from formax.layers.activations import check_activation
 from formax.layers.attention import KVCache, attention_spec, cross_attention, from_attention_mask, self_attention
 from formax.layers.dropout import dropout
-from formax.layers.linear import linear, linear_spec
-from formax.layers.seq2seq import eos_states, shift_right, states_of
+from formax.layers.seq2seq import decoder_mask, shift_right, states_of
 
 EPS = 1e-5  # of all norms
 OFFSET = 2  # the position table's first rows are not positions
@@ -83,9 +81,7 @@ class BartConfig(Config):
 
     def check(self) -> None:
         for part in ("encoder", "decoder"):
-            count = getattr(self, f"{part}_attention_heads")
-            if count < 1 or self.d_model % count:
-                raise ConfigError(f"d_model={self.d_model} is no multiple of {part}_attention_heads={count}")
+            check_multiple(self, "d_model", f"{part}_attention_heads")
         check_activation(self.activation_function, "activation_function")
 
 
@@ -206,10 +202,9 @@ def decode(
 ) -> Any:
     """The decoder: ids [B, T] and an encoder's states [B, S, E], if there are any -> (states [B, T, E], cache)."""
     k_embed, k_layers = split(key, 2)
-    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
+    mask = decoder_mask(attention_mask, cache)
     with tap.scope("decoder"):
-        x = embeddings(p, c, "decoder", input_ids, inputs_embeds, offset, k_embed)
-        mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
+        x = embeddings(p, c, "decoder", input_ids, inputs_embeds, mask.q_offset, k_embed)
         memory = encoder_hidden_states, from_attention_mask(encoder_attention_mask)
 
         def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
@@ -259,30 +254,9 @@ def run_both(
     return Seq2SeqOutput(last_hidden_state=x, encoder_last_hidden_state=memory, cache=cache)
 
 
-def conditional_generation(p: Any, c: BartConfig, input_ids: Any = None, **inputs: Any) -> Seq2SeqLogitsOutput:
-    """Scores of the decoder's next words [B, T, V]."""
-    out = run_both(p, c, input_ids, **inputs)
-    logits = heads.lm_logits(p, out.last_hidden_state)
-    logits = logits + p["bias"].astype(logits.dtype)
-    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=out.encoder_last_hidden_state)
-
-
-def sequence_classification(p: Any, c: BartConfig, input_ids: Any = None, key: Any = None, **inputs: Any) -> Any:
-    """A label for every text, from the decoder's state at the last end-of-text token: [B, labels]."""
-    out = run_both(p, c, input_ids, key=key, **inputs)
-    x = eos_states(out.last_hidden_state, input_ids, c.eos_token_id)
-    k_in, k_out = split(None if key is None else fold_path(key, "head"), 2)
-    x = jnp.tanh(linear(p["head"]["dense"], dropout(x, c.classifier_dropout, k_in)))
-    logits = linear(p["head"]["out"], dropout(x, c.classifier_dropout, k_out))
-    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=out.encoder_last_hidden_state)
-
-
-def question_answering(p: Any, c: BartConfig, input_ids: Any = None, **inputs: Any) -> SpanOutput:
-    """Scores of the decoder's positions as first and last of the answer: two times [B, T]."""
-    out = run_both(p, c, input_ids, **inputs)
-    start, end = jnp.moveaxis(linear(p["head"], out.last_hidden_state), -1, 0)
-    memory = out.encoder_last_hidden_state
-    return SpanOutput(start_logits=start, end_logits=end, cache=out.cache, encoder_last_hidden_state=memory)
+def _words(p: Any, c: BartConfig, x: jax.Array) -> jax.Array:
+    logits = heads.lm_logits(p, x)
+    return logits + p["bias"].astype(logits.dtype)
 
 
 def init_cache(c: Any, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
@@ -306,9 +280,7 @@ def _bias(c: BartConfig) -> dict[str, Spec]:
 
 
 def _labels(c: BartConfig) -> dict[str, Spec]:
-    dense = partial(linear_spec, d_in=c.d_model, axes=("embed", None), init=normal(c.init_std))
-    both = {"dense": dense("dense", d_out=c.d_model), "out": dense("out_proj", d_out=c.num_labels)}
-    return {"head": At("classification_head", both)}
+    return seq2seq_heads.labels_spec(c.d_model, c.num_labels, init=normal(c.init_std))
 
 
 # Where the states of a decoder are that is all there is.
@@ -333,17 +305,20 @@ FAMILY = Family(
             "BartForConditionalGeneration",
             "ForSeq2SeqLM",
             _whole(heads.lm_head(), _bias),
-            conditional_generation,
+            seq2seq_heads.conditional_generation(run_both, _words),
             also=("ForMaskedLM", "ForPreTraining"),
         ),
         _seq2seq(
-            "BartForSequenceClassification", "ForSequenceClassification", _whole(_labels), sequence_classification
+            "BartForSequenceClassification",
+            "ForSequenceClassification",
+            _whole(_labels),
+            seq2seq_heads.sequence_classification(run_both),
         ),
         _seq2seq(
             "BartForQuestionAnswering",
             "ForQuestionAnswering",
             _whole(heads.linear_head("qa_outputs", 2)),
-            question_answering,
+            seq2seq_heads.question_answering(run_both),
         ),
         Architecture(
             "BartForCausalLM",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput
 from formax.core.rng import split
@@ -50,10 +50,7 @@ class BertConfig(Config):
     classifier_dropout: float | None = None
 
     def check(self) -> None:
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}"
-            )
+        check_multiple(self, "hidden_size", "num_attention_heads")
         if self.add_cross_attention and not self.is_decoder:
             raise ConfigError("add_cross_attention=True needs is_decoder=True")
         check_activation(self.hidden_act)
@@ -229,6 +226,7 @@ FAMILY = Family(
     base="bert",
     inputs=encode,
     init_cache=init_cache,
+    old_names={"BertForCausalLM": "BertLMHeadModel"},
     architectures=(
         Architecture("BertModel", "", model_spec, model, also=("ForTextEncoding",)),
         Architecture("BertForPreTraining", "ForPreTraining", _pooled(_words, _pair), pretraining),

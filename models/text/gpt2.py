@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.layout import SAME
 from formax.core.outputs import Array, BaseModelOutput, Output, output
@@ -63,8 +63,7 @@ class GPT2Config(Config):
     reorder_and_upcast_attn: bool = False  # an order of operations against overflow: scores are float32 here anyway
 
     def check(self) -> None:
-        if self.n_head < 1 or self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
+        check_multiple(self, "n_embd", "n_head")
         check_activation(self.activation_function, "activation_function")
         if self.summary_activation is not None:
             check_activation(self.summary_activation, "summary_activation")

@@ -104,6 +104,7 @@ FAMILY = Family(
     base="model",
     inputs=decode,
     init_cache=decoder.init_cache,
+    old_names={"LLaMAForCausalLM": "LlamaForCausalLM"},
     architectures=(
         Architecture("LlamaModel", "", model_spec, model),
         *heads.decoder_heads("Llama", "model", model_spec, decode, span="transformer"),

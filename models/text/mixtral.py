@@ -146,6 +146,7 @@ FAMILY = Family(
     MixtralConfig,
     base="model",
     inputs=decode,
+    relative="llama",
     init_cache=decoder.init_cache,
     architectures=(
         Architecture("MixtralModel", "", model_spec, model),

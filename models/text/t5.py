@@ -9,22 +9,20 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqLogitsOutput, Seq2SeqOutput
-from formax.core.outputs import Seq2SeqQuestionAnsweringOutput as SpanOutput
-from formax.core.rng import fold_path, split
+from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqOutput
+from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, Tied, fold, normal, optional, stack_of
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import embed, heads, mlp, norm, seq2seq_heads
 from formax.layers.activations import check_activation
 from formax.layers.attention import KVCache, attention_spec, cross_attention, from_attention_mask, self_attention
 from formax.layers.attention.bias import bucketed_bias, bucketed_spec
 from formax.layers.dropout import dropout
-from formax.layers.linear import linear, linear_spec
-from formax.layers.seq2seq import eos_states, shift_right, states_of
+from formax.layers.linear import linear_spec
+from formax.layers.seq2seq import decoder_mask, shift_right, states_of
 
 
 @config
@@ -213,8 +211,7 @@ def run_both(
     with tap.scope("decoder"):
         given = decoder_inputs_embeds
         x = embed.embed(p["embed"]["word"], decoder_input_ids) if given is None else given
-        offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
-        mask = from_attention_mask(decoder_attention_mask, causal=True, q_offset=offset, keys=room)
+        mask = decoder_mask(decoder_attention_mask, cache)
         x, cache = run_stack(p["decoder"], c, x, mask, memory, from_attention_mask(attention_mask), cache, k_decoder)
     return Seq2SeqOutput(last_hidden_state=x, cache=cache, encoder_last_hidden_state=memory)
 
@@ -237,16 +234,12 @@ def words_spec(c: T5Config) -> dict[str, Spec]:
     return {**model_spec(c), "head": Tied("lm_head.weight", "embed.word.embedding") if c.tie_word_embeddings else own}
 
 
-def conditional_generation(p: Any, c: T5Config, input_ids: Any = None, **inputs: Any) -> Seq2SeqLogitsOutput:
-    """Scores of the decoder's next words [B, T, V]."""
-    out = run_both(p, c, input_ids, **inputs)
-    x = out.last_hidden_state
+def _words(p: Any, c: T5Config, x: jax.Array) -> jax.Array:
     # The table's rows are as long as the states are wide, which a head of its own need not undo.
-    logits = heads.lm_logits(p, x * c.d_model**-0.5 if c.tie_word_embeddings else x)
-    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=out.encoder_last_hidden_state)
+    return heads.lm_logits(p, x * c.d_model**-0.5 if c.tie_word_embeddings else x)
 
 
-def _decoded(p: Any, c: T5Config, input_ids: Any, inputs: Any) -> Seq2SeqOutput:
+def _decoded(p: Any, c: T5Config, input_ids: Any = None, **inputs: Any) -> Seq2SeqOutput:
     """Both stacks, where the decoder reads the same text, shifted, unless told otherwise."""
     given = inputs.get("decoder_input_ids"), inputs.get("decoder_inputs_embeds")
     if all(x is None for x in given):
@@ -256,36 +249,15 @@ def _decoded(p: Any, c: T5Config, input_ids: Any, inputs: Any) -> Seq2SeqOutput:
     return run_both(p, c, input_ids, **inputs)
 
 
-def sequence_classification(p: Any, c: T5Config, input_ids: Any = None, key: Any = None, **inputs: Any) -> Any:
-    """A label for every text, from the decoder's state at the last end-of-text token: [B, labels]."""
-    out = _decoded(p, c, input_ids, {**inputs, "key": key})
-    x = eos_states(out.last_hidden_state, input_ids, c.eos_token_id)
-    k_in, k_out = split(None if key is None else fold_path(key, "head"), 2)
-    x = jnp.tanh(linear(p["head"]["dense"], dropout(x, c.classifier_dropout, k_in)))
-    logits = linear(p["head"]["out"], dropout(x, c.classifier_dropout, k_out))
-    return Seq2SeqLogitsOutput(logits=logits, cache=out.cache, encoder_last_hidden_state=out.encoder_last_hidden_state)
-
-
 def token_classification(p: Any, c: T5Config, input_ids: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
     """A label for every token, from the encoder's states: [B, S, labels]."""
     x = encode(p, c, input_ids, key=key, **inputs).last_hidden_state
     return LogitsOutput(logits=heads.classify(p, c, x, key))
 
 
-def question_answering(p: Any, c: T5Config, input_ids: Any = None, **inputs: Any) -> SpanOutput:
-    """Scores of the decoder's positions as first and last of the answer: two times [B, T]."""
-    out = _decoded(p, c, input_ids, inputs)
-    start, end = jnp.moveaxis(linear(p["head"], out.last_hidden_state)[..., :2], -1, 0)
-    memory = out.encoder_last_hidden_state
-    return SpanOutput(start_logits=start, end_logits=end, cache=out.cache, encoder_last_hidden_state=memory)
-
-
 def _labels(c: T5Config) -> dict[str, Spec]:
-    dense = partial(linear_spec, d_in=c.d_model, init=normal(c.initializer_factor * c.d_model**-0.5))
-    both = {"dense": dense("dense", d_out=c.d_model, axes=("embed", None))}
-    return {
-        "head": At("classification_head", both | {"out": dense("out_proj", d_out=c.num_labels, axes=("embed", None))})
-    }
+    init = normal(c.initializer_factor * c.d_model**-0.5)
+    return seq2seq_heads.labels_spec(c.d_model, c.num_labels, init=init)
 
 
 def _linear(name: str, c: T5Config, *, std: float) -> dict[str, Spec]:
@@ -310,15 +282,22 @@ FAMILY = Family(
     base="transformer",
     inputs=run_both,
     init_cache=init_cache,
+    old_names={"T5WithLMHeadModel": "T5ForConditionalGeneration"},
     architectures=(
         _seq2seq("T5Model", "", model_spec, run_both),
-        _seq2seq("T5ForConditionalGeneration", "ForSeq2SeqLM", words_spec, conditional_generation, ("ForPreTraining",)),
+        _seq2seq(
+            "T5ForConditionalGeneration",
+            "ForSeq2SeqLM",
+            words_spec,
+            seq2seq_heads.conditional_generation(run_both, _words),
+            also=("ForPreTraining",),
+        ),
         Architecture("T5EncoderModel", "ForTextEncoding", encoder_spec, encode, inputs=encode),
         _seq2seq(
             "T5ForSequenceClassification",
             "ForSequenceClassification",
             heads.with_heads("transformer", model_spec, _labels),
-            sequence_classification,
+            seq2seq_heads.sequence_classification(_decoded),
         ),
         Architecture(
             "T5ForTokenClassification",
@@ -331,7 +310,7 @@ FAMILY = Family(
             "T5ForQuestionAnswering",
             "ForQuestionAnswering",
             lambda c: {**model_spec(c), **_linear("qa_outputs", c, std=c.d_model**-0.5)},
-            question_answering,
+            seq2seq_heads.question_answering(_decoded),
         ),
     ),
     flax=Port(_PORTED),

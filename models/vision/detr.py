@@ -3,29 +3,20 @@
 Carion et al. 2020, arXiv:2005.12872; original code facebookresearch/detr. A ResNet with frozen batch norms, BART's
 post-norm encoder over the places of its last map, and a decoder whose inputs are learned queries. Unlike in BART,
 positions are added to what queries and keys of every attention are made from, never to values; queries see all others.
-
-The backbone is the reference's ResNet (`use_timm_backbone=False`) or timm's, by whose names `facebook/detr-*` are
-stored: `backbone.conv_encoder.model.conv1`, `.bn1`, `.layer1.0.conv1`, `.layer1.0.downsample.0`, ... Those names, the
-strides and the dilation of `output_stride` (DC5) were compared with timm's source, `timm/models/resnet.py`
-(`make_blocks`, `BasicBlock`, `Bottleneck`, `downsample_conv`); timm itself was not run.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family
-from formax.core.frozen import FrozenDict
 from formax.core.outputs import Array, Output, output
 from formax.core.rng import fold_path, split
-from formax.core.spec import At, Ignored, Spec, fold, normal, stack_of, under
+from formax.core.spec import At, Spec, fold, normal, stack_of, under
 from formax.layers import embed, mlp, norm
 from formax.layers.activations import check_activation
 from formax.layers.attention import attention, attention_spec, from_attention_mask
@@ -33,43 +24,23 @@ from formax.layers.attention.api import merge_heads, split_heads
 from formax.layers.conv import channels_first, conv, conv_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
+from formax.layers.maps import learned_positions, learned_spec, resize, seen_places, sine_positions
 from formax.layers.seq2seq import states_of
-from formax.models.vision import resnet
-from formax.models.vision.resnet import ResNetConfig
+from formax.models.vision.timm_resnet import ResNetInsideConfig, backbone, backbone_spec, maps_of
 
-TIMM = {  # timm's plain ResNets: kind of layers, layers of each stage
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6, 3)),
-    "resnet26": ("bottleneck", (2, 2, 2, 2)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
-    "resnet152": ("bottleneck", (3, 8, 36, 3)),
-}
-TIMM_NAMES = resnet.Names(
-    stem=("conv1", "bn1"),
-    layer="layer{one}.{layer}",
-    part=("conv{one}", "bn{one}"),
-    shortcut=("downsample.0", "downsample.1"),
-)
-TIMM_OPTIONS = ("out_indices", "in_chans", "output_stride", "layers", "channels")
 GRID = 50  # rows and columns that learned positions know
 EPS = 1e-5
-UNIFORM = jax.nn.initializers.uniform(1.0)
 xavier = lru_cache(lambda gain: jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform"))
 
 
 @config
-class DetrConfig(Config):
+class DetrConfig(ResNetInsideConfig):
     """`config.json` of model type "detr"."""
 
     model_type: ClassVar[str] = "detr"
     attribute_map: ClassVar = {"hidden_size": "d_model", "num_attention_heads": "encoder_attention_heads"}
-    sub_configs: ClassVar = {"backbone_config": ResNetConfig}
     implemented: ClassVar = {"position_embedding_type": ("sine", "learned"), "scale_embedding": (False,)}
 
-    use_timm_backbone: bool = True
-    backbone_config: ResNetConfig | None = None
-    num_channels: int = 3
     num_queries: int = 100
     encoder_layers: int = 6
     encoder_ffn_dim: int = 2048
@@ -89,10 +60,6 @@ class DetrConfig(Config):
     init_xavier_std: float = 1.0
     auxiliary_loss: bool = False
     position_embedding_type: str = "sine"
-    backbone: str | None = "resnet50"
-    use_pretrained_backbone: bool = True
-    backbone_kwargs: FrozenDict | None = None
-    dilation: bool | None = False
     class_cost: float = 1
     bbox_cost: float = 5
     giou_cost: float = 2
@@ -104,54 +71,12 @@ class DetrConfig(Config):
     num_hidden_layers: int = 6  # the encoder's once more, which nothing reads
 
     def check(self) -> None:
+        super().check()
         check_activation(self.activation_function, "activation_function")
         for name in ("encoder_attention_heads", "decoder_attention_heads"):
-            if getattr(self, name) < 1 or self.d_model % getattr(self, name):
-                raise ConfigError(f"d_model={self.d_model} is no multiple of {name}={getattr(self, name)}")
+            check_multiple(self, "d_model", name)
         if self.position_embedding_type == "sine" and self.d_model % 4:
             raise ConfigError(f"d_model={self.d_model} is no multiple of 4: sine and cosine of rows and of columns")
-        kind = None if self.backbone_config is None else self.backbone_config.extra.get("model_type")
-        if kind is not None:
-            raise ConfigError(f"backbone_config has model_type={kind!r}; formax has DETR over 'resnet'")
-        if self.use_timm_backbone and self.backbone_config is not None:
-            raise ConfigError("backbone_config is for use_timm_backbone=False; timm's backbones go by name (backbone)")
-        if self.use_timm_backbone and self.backbone not in TIMM:
-            raise ConfigError(f"backbone={self.backbone!r} is none of timm's that formax has: {', '.join(TIMM)}")
-        if not self.use_timm_backbone and self.backbone_config is None and self.backbone not in (None, "resnet50"):
-            raise ConfigError(f"backbone={self.backbone!r} names another checkpoint; give its backbone_config instead")
-        if unknown := set(self.timm) - set(TIMM_OPTIONS):
-            raise ConfigError(f"backbone_kwargs has {min(unknown)!r}; formax has {', '.join(TIMM_OPTIONS)}")
-        if self.shrink not in (8, 16, 32):
-            raise ConfigError(f"output_stride={self.shrink} of backbone_kwargs must be 8, 16 or 32")
-        if 0 in self.resnet.features and self.use_timm_backbone:
-            raise ConfigError("out_indices of backbone_kwargs may be 1 to 4: maps of the stem are not implemented")
-
-    @property
-    def timm(self) -> Mapping[str, Any]:
-        """What timm's backbone is made with."""
-        return self.backbone_kwargs or {} if self.use_timm_backbone else {}
-
-    @property
-    def shrink(self) -> int:
-        """How many times smaller than the image the last map is, for timm's backbone."""
-        return self.timm.get("output_stride", 16 if self.dilation else 32)
-
-    @property
-    def resnet(self) -> ResNetConfig:
-        """The backbone, whoever's it is."""
-        if not self.use_timm_backbone:
-            return self.backbone_config or ResNetConfig(out_features=("stage4",))
-        kind, depths = TIMM[self.backbone or ""]
-        widths = self.timm.get("channels", (64, 128, 256, 512))
-        picked = tuple(self.timm.get("out_indices", (1, 2, 3, 4)))
-        last = max(picked, default=0)  # timm leaves out the stages after it
-        return ResNetConfig(
-            num_channels=self.timm.get("in_chans", self.num_channels),
-            hidden_sizes=tuple(width * (1 if kind == "basic" else 4) for width in widths)[:last],
-            depths=tuple(self.timm.get("layers", depths))[:last],
-            layer_type=kind,
-            out_indices=picked,
-        )
 
 
 @output
@@ -194,51 +119,6 @@ class DetrOutput(Output):
     encoder_last_hidden_state: Array | None = None
     encoder_hidden_states: tuple[Array, ...] | None = None
     encoder_attentions: tuple[Array, ...] | None = None
-
-
-# ---- backbone and positions -----------------------------------------------------------------------------------------
-
-
-def frozen_norm_spec(name: str, size: int) -> Spec:
-    """A batch norm whose parameters are all statistics, none of them trained."""
-    spec: Any = norm.batch_spec(name, size, counted=False)
-    parts = {key: replace(part, buffer=True) for key, part in spec.spec.items()}
-    return At(name, {**parts, "count": Ignored("num_batches_tracked")})
-
-
-def nearest(size: int, wanted: int) -> np.ndarray:
-    """For each of `wanted` places the one of `size` that it shows, by their first corners as in PyTorch: [wanted]."""
-    step = np.float32(size) / np.float32(wanted)
-    return np.minimum((np.arange(wanted, dtype=np.float32) * step).astype(np.int64), size - 1)
-
-
-def resize(x: jax.Array, height: int, width: int) -> jax.Array:
-    """[B, H, W, ...] -> [B, height, width, ...] by the nearest place."""
-    return x[:, nearest(x.shape[1], height)][:, :, nearest(x.shape[2], width)]
-
-
-def sine_positions(seen: jax.Array, size: int) -> jax.Array:
-    """Waves of each place's height and width as parts of what is real: [B, H, W] booleans -> [B, H, W, size]."""
-
-    def waves(axis: int) -> jax.Array:
-        at = jnp.cumsum(seen, axis, dtype=jnp.float32)
-        at = at / (jax.lax.slice_in_dim(at, -1, None, axis=axis) + 1e-6) * 2 * jnp.pi
-        angles = at[..., None] / 10000 ** (np.arange(0, size // 2, 2, dtype=np.float32) / (size // 2))
-        return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*seen.shape, size // 2)
-
-    return jnp.concatenate([waves(1), waves(2)], axis=-1)
-
-
-def learned_positions(p: Any, seen: jax.Array) -> jax.Array:
-    """Vectors of each place's column and row: [B, H, W] -> [B, H, W, E]."""
-    b, h, w = seen.shape
-    if max(h, w) > GRID:
-        raise ValueError(
-            f"the map is {h} x {w} places, learned positions know {GRID} rows and columns; shrink the image"
-        )
-    columns = jnp.broadcast_to(p["columns"]["embedding"][None, None, :w], (b, h, w, p["columns"]["embedding"].shape[1]))
-    rows = jnp.broadcast_to(p["rows"]["embedding"][None, :h, None], columns.shape)
-    return jnp.concatenate([columns, rows], axis=-1)
 
 
 # ---- encoder and decoder --------------------------------------------------------------------------------------------
@@ -310,8 +190,7 @@ def layers(
 
     with tap.scope(part):
         x = tap.tap("embed.out", x)
-        stack = p.get("layers", ())
-        x, states = fold(run, stack, x, cache=((),) * len(stack), key=key)
+        x, states = fold(run, p.get("layers", ()), x, key=key)
         return (tap.tap("last", norm.layer(p["norm"], x, EPS)) if "norm" in p else x), states
 
 
@@ -321,59 +200,45 @@ def layers(
 def model_spec(c: DetrConfig) -> dict[str, Spec]:
     """Backbone, projection and queries, encoder and decoder."""
     init, size = normal(c.init_std), c.hidden_size
-    names = TIMM_NAMES if c.use_timm_backbone else resnet.Names()
     table = partial(embed.embedding_spec, axes=(None, "embed"))
     inner: dict[str, Spec] = {
         "project": conv_spec("input_projection", maps_of(c)[-1], size, (1, 1), init=init, axes=("conv_in", "embed")),
         "queries": table("query_position_embeddings", c.num_queries, size, init=init),
     }
     if c.position_embedding_type == "learned":
-        grid = partial(table, rows=GRID, size=size // 2, init=UNIFORM)
-        inner |= under(
-            "backbone.position_embedding", {"rows": grid("row_embeddings"), "columns": grid("column_embeddings")}
-        )
+        inner |= under("backbone.position_embedding", learned_spec(size, GRID))
     parts = {
         part: stack_of("layers", [block_spec(c, part)] * getattr(c, f"{part}_layers"))
         for part in ("encoder", "decoder")
     }
     return {
-        "backbone": At("backbone.conv_encoder.model", resnet.features_spec(c.resnet, names, frozen_norm_spec)),
+        "backbone": At("backbone.conv_encoder.model", backbone_spec(c)),
         "embed": inner,
         "encoder": At("encoder", {"layers": parts["encoder"]}),
         "decoder": At("decoder", {"layers": parts["decoder"], "norm": norm.layer_spec("layernorm", size)}),
     }
 
 
-def maps_of(c: DetrConfig) -> list[int]:
-    """Channels of the maps that the backbone gives."""
-    sizes = (c.resnet.embedding_size, *c.resnet.hidden_sizes)
-    return [sizes[i] for i in c.resnet.features]
-
-
 def run(p: Any, c: DetrConfig, pixel_values: Any, pixel_mask: Any, encoder_outputs: Any, key: Any) -> Any:
     """Everything below the heads -> (output, maps of the backbone, the last one projected, its mask)."""
     k_embed, k_encoder, k_decoder = split(key, 3)
-    x = resnet.to_maps(p["backbone"], c.resnet, pixel_values)
-    with tap.scope("backbone"):
-        found = resnet.features(p["backbone"], c.resnet, x, shrink=c.shrink if c.use_timm_backbone else None)
-    maps = [found[i] for i in c.resnet.features]
-    projected = conv(p["embed"]["project"], maps[-1])
+    found = backbone(p["backbone"], c, pixel_values)
+    projected = conv(p["embed"]["project"], found[-1])
     b, h, w, size = projected.shape
-    if pixel_mask is None:
-        seen = jnp.ones((b, h, w), bool)
-    elif pixel_mask.shape != (b, *x.shape[1:3]):
-        raise ValueError(f"pixel_mask must be [batch, height, width] {(b, *x.shape[1:3])}, got {pixel_mask.shape}")
+    seen = seen_places(pixel_mask, (b, *pixel_values.shape[2:]), (h, w))
+    if c.position_embedding_type == "learned":
+        place = learned_positions(p["embed"], seen)
     else:
-        seen = resize(pixel_mask, h, w) != 0
-    learned = c.position_embedding_type == "learned"
-    place = learned_positions(p["embed"], seen) if learned else sine_positions(seen, size)
-    place, mask = place.astype(x.dtype).reshape(b, h * w, size), seen.reshape(b, h * w)
+        place = sine_positions(seen, size)
+    place, mask = place.astype(projected.dtype).reshape(b, h * w, size), seen.reshape(b, h * w)
     if encoder_outputs is None:
         flat = dropout(projected.reshape(b, h * w, size), c.dropout, k_embed)
         memory, _ = layers(p["encoder"], c, "encoder", flat, place, mask, key=k_encoder)
     else:
         memory = states_of(encoder_outputs)
-    queries = jnp.broadcast_to(p["embed"]["queries"]["embedding"].astype(x.dtype)[None], (b, c.num_queries, size))
+    queries = jnp.broadcast_to(
+        p["embed"]["queries"]["embedding"].astype(projected.dtype)[None], (b, c.num_queries, size)
+    )
     start = jnp.zeros_like(queries)
     states, every = layers(p["decoder"], c, "decoder", start, queries, mask, memory, place, k_decoder)
     out = DetrModelOutput(
@@ -381,7 +246,7 @@ def run(p: Any, c: DetrConfig, pixel_values: Any, pixel_mask: Any, encoder_outpu
         encoder_last_hidden_state=memory,
         intermediate_hidden_states=jnp.stack(every) if c.auxiliary_loss else None,
     )
-    return out, maps, projected, seen
+    return out, found, projected, seen
 
 
 def model(
@@ -514,6 +379,7 @@ FAMILY = Family(
     DetrConfig,
     base="model",
     inputs=model,
+    relative="resnet",
     architectures=(
         Architecture("DetrModel", "", model_spec, model),
         Architecture("DetrForObjectDetection", "ForObjectDetection", detection_spec, object_detection),

@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import jax
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
 from formax.core.spec import At, Spec, under
 from formax.layers import norm
 from formax.layers.activations import activation, check_activation
+from formax.layers.backbone import BackboneConfig
 from formax.layers.conv import channels_first, channels_last, conv, conv_spec, max_pool
 from formax.layers.linear import linear, linear_spec
 
@@ -26,7 +27,7 @@ LINEAR = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @config
-class ResNetConfig(Config):
+class ResNetConfig(BackboneConfig):
     """`config.json` of model type "resnet"."""
 
     model_type: ClassVar[str] = "resnet"
@@ -40,35 +41,12 @@ class ResNetConfig(Config):
     hidden_act: str = "relu"
     downsample_in_first_stage: bool = False
     downsample_in_bottleneck: bool = False
-    out_features: tuple[str, ...] | None = None
-    out_indices: tuple[int, ...] | None = None
-    stage_names: tuple[str, ...] | None = None  # what follows from `depths`, written by the reference
 
     def check(self) -> None:
         check_activation(self.hidden_act)
         if not self.depths or len(self.depths) != len(self.hidden_sizes) or min(self.depths) < 1:
             raise ConfigError(f"depths={self.depths} must be a number of layers for each of {self.hidden_sizes}")
-        picked = self.features
-        if not all(0 <= i <= len(self.depths) for i in picked) or list(picked) != sorted(set(picked)):
-            raise ConfigError(f"out_indices={self.out_indices} must be stages of 0 to {len(self.depths)}, in order")
-        if self.out_features is not None and tuple(self.stages[i] for i in picked) != self.out_features:
-            raise ConfigError(f"out_features={self.out_features} and out_indices={self.out_indices} are not the same")
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the maps that a backbone can give."""
-        return ("stem", *(f"stage{i + 1}" for i in range(len(self.depths))))
-
-    @property
-    def features(self) -> tuple[int, ...]:
-        """Numbers of the maps that a backbone gives: what is asked for, or the last."""
-        if self.out_indices is not None:
-            return tuple(i + len(self.stages) if i < 0 else i for i in self.out_indices)
-        if self.out_features is None:
-            return (len(self.depths),)
-        if unknown := set(self.out_features) - set(self.stages):
-            raise ConfigError(f"out_features has {min(unknown)!r}; there are {', '.join(self.stages)}")
-        return tuple(self.stages.index(name) for name in self.out_features)
+        super().check()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, config
+from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.layout import Patch, Reshape
 from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
@@ -52,10 +52,7 @@ class ViTConfig(Config):
     pooler_act: str = "tanh"
 
     def check(self) -> None:
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}"
-            )
+        check_multiple(self, "hidden_size", "num_attention_heads")
         check_activation(self.hidden_act)
         check_activation(self.pooler_act, "pooler_act")
         grid_of(self.image_size, self.patch_size)
@@ -215,6 +212,7 @@ FAMILY = Family(
     ViTConfig,
     base="vit",
     inputs=encode,
+    relative="bert",
     architectures=(
         Architecture("ViTModel", "", model_spec, model),
         Architecture(

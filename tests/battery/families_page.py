@@ -76,6 +76,12 @@ def row(name: str, group: list[Family], measures: Measures | None) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def unmeasured() -> list[str]:
+    """Goldens whose outputs or files this run did not find right."""
+    right = {name for found in MEASURES.values() for name in found.parity.keys() & found.export}
+    return [str(golden) for golden in goldens() if str(golden) not in right]
+
+
 def page() -> str:
     """The page with what was measured in this run."""
     columns = ("family", "kind", "model types", "heads", "relative", "goldens", "parity", "steps", "export")

@@ -59,7 +59,6 @@ class Case:
 
     def weight(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor by its PyTorch name."""
-        sys.path.insert(0, str(HERE.parent))
         from oracle import weights
 
         with np.load(GOLDENS / f"{self.golden}.npz") as arrays:
@@ -167,4 +166,5 @@ def model_from(case: Case, folder: Path, formax: Any) -> Any:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))
     main(*sys.argv[1:])

@@ -21,6 +21,7 @@ PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
 # What a download fetches to open an image processor or a feature extractor.
 HUB_PATTERNS = (PREPROCESSOR, PROCESSOR, "config.json", "tokenizer_config.json")
+_WHERE = ("revision", "cache_dir", "local_files_only", "token")
 TENSOR_TYPES = ("np", "jax")
 
 
@@ -78,6 +79,12 @@ def _some(values: Iterable[Any]) -> str:
 def folder_of(path_or_repo: str | Path, patterns: Iterable[str] = HUB_PATTERNS, **where: Any) -> Path:
     """The local folder with the files of processors; `where` is as in `formax.hub.snapshot`."""
     return hub.snapshot(path_or_repo, tuple(patterns), **where)
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of a `from_pretrained` as (where to look, settings to replace)."""
+    where = {key: value for key, value in options.items() if key in _WHERE}
+    return where, {key: value for key, value in options.items() if key not in _WHERE}
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:

@@ -10,11 +10,7 @@ from typing import Any, ClassVar
 
 from formax.audio import feature_extractor as audio
 from formax.audio.feature_extractor import FeatureExtractor
-from formax.text.tokenizer import CONFIG as TOKENIZER_CONFIG
-from formax.text.tokenizer import HUB_PATTERNS as TOKENIZER_PATTERNS
-from formax.text.tokenizer import TOKENIZER, AutoTokenizer, Tokenizer
-from formax.vision import image_processor as vision
-from formax.vision.files import (
+from formax.processors.files import (
     HUB_PATTERNS,
     PREPROCESSOR,
     PROCESSOR,
@@ -23,10 +19,15 @@ from formax.vision.files import (
     read,
     save,
     settings_of,
+    split_options,
     type_of,
     unknown,
 )
-from formax.vision.image_processor import ImageProcessor, split_options
+from formax.text.tokenizer import CONFIG as TOKENIZER_CONFIG
+from formax.text.tokenizer import HUB_PATTERNS as TOKENIZER_PATTERNS
+from formax.text.tokenizer import TOKENIZER, AutoTokenizer, Tokenizer
+from formax.vision import image_processor as vision
+from formax.vision.image_processor import ImageProcessor
 
 
 class _Registry:
@@ -47,11 +48,9 @@ class _Registry:
         cls._classes[name] = own
 
     @classmethod
-    def _own(cls, folder: Path, *names: str) -> Any:
-        """The user's class of the first of these names, else of the model type; None where there is none."""
-        model_type = str(read(folder, "config.json").get("model_type") or "")
-        wanted = [name for name in names if name] or [model_type]
-        return next((cls._classes[name] for name in wanted if name in cls._classes), None)
+    def _own(cls, folder: Path, named: str) -> Any:
+        """The user's class of the name in the files, else of the model type; None where there is none."""
+        return cls._classes.get(named or str(read(folder, "config.json").get("model_type")))
 
 
 class AutoImageProcessor(_Registry):
@@ -68,10 +67,10 @@ class AutoImageProcessor(_Registry):
     @classmethod
     def _open(cls, folder: Path, settings: Mapping[str, Any]) -> Any:
         values, file = settings_of(folder, "image_processor")
-        named = type_of(values, folder, vision.TYPE_OF_MODEL_TYPE)
-        own = cls._own(folder, named)
+        own = cls._own(folder, type_of(values, folder, {}))
         if own is not None:
             return own.from_pretrained(folder, **settings)
+        named = type_of(values, folder, vision.TYPE_OF_MODEL_TYPE)
         if vision.canonical(named) not in vision.TYPES:
             raise unknown(named, file, {*vision.TYPES, *cls._classes}, "image processor")
         return ImageProcessor.from_folder(folder, **settings)
@@ -91,10 +90,10 @@ class AutoFeatureExtractor(_Registry):
     @classmethod
     def _open(cls, folder: Path, settings: Mapping[str, Any]) -> Any:
         values, file = settings_of(folder, "feature_extractor")
-        named = type_of(values, folder, audio.TYPE_OF_MODEL_TYPE | vision.TYPE_OF_MODEL_TYPE)
-        own = cls._own(folder, named)
+        own = cls._own(folder, type_of(values, folder, {}))
         if own is not None:
             return own.from_pretrained(folder, **settings)
+        named = type_of(values, folder, audio.TYPE_OF_MODEL_TYPE | vision.TYPE_OF_MODEL_TYPE)
         if vision.canonical(named) in vision.TYPES:
             return ImageProcessor.from_folder(folder, **settings)
         if named not in audio.TYPES:
@@ -237,13 +236,13 @@ def _chosen(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key in names}
 
 
-def _processor_class(folder: Path) -> str:
-    """What the files of a folder call its processor; "" where they say nothing."""
+def _processor_class(folder: Path, by_model_type: Mapping[str, str] = PROCESSOR_OF_MODEL_TYPE) -> str:
+    """What the files of a folder call its processor, else that of the model type; "" where nothing says it."""
     for file in (PROCESSOR, PREPROCESSOR, TOKENIZER_CONFIG, "config.json"):
         named = read(folder, file).get("processor_class")
         if named:
             return str(named)
-    return PROCESSOR_OF_MODEL_TYPE.get(str(read(folder, "config.json").get("model_type")), "")
+    return by_model_type.get(str(read(folder, "config.json").get("model_type")), "")
 
 
 class AutoProcessor(_Registry):
@@ -269,10 +268,10 @@ class AutoProcessor(_Registry):
         """
         where, settings = split_options(options)
         folder = folder_of(path_or_repo, (*HUB_PATTERNS, *TOKENIZER_PATTERNS), **where)
-        named = _processor_class(folder)
-        own = cls._own(folder, named)
+        own = cls._own(folder, _processor_class(folder, {}))
         if own is not None:
             return own.from_pretrained(folder, **settings)
+        named = _processor_class(folder)
         if named:
             if named not in PROCESSORS:
                 raise unknown(named, folder, {*PROCESSORS, *cls._classes}, "processor")
