@@ -56,15 +56,10 @@ def group(p: dict[str, Any], x: jax.Array, groups: int, eps: float) -> jax.Array
     return (y * p["scale"].astype(jnp.float32) + p["bias"].astype(jnp.float32)).astype(x.dtype)
 
 
-def batch_spec(name: str, size: int, *, counted: bool = True) -> Spec:
-    """Batch normalisation (Ioffe and Szegedy 2015): scale, bias, and the running statistics as buffers.
-
-    Checkpoints of frozen batch normalisation do not count the batches (`counted=False`).
-    """
-    spec: dict[str, Spec] = dict(_batch_leaves(size))
-    if counted:
-        spec["count"] = Param((), (), "num_batches_tracked", zeros, buffer=True, optional=True, stored_as="int64")
-    return At(name, spec)
+def batch_spec(name: str, size: int) -> Spec:
+    """Batch normalisation (Ioffe and Szegedy 2015): scale, bias, and as buffers the running statistics and a count."""
+    count = Param((), (), "num_batches_tracked", zeros, buffer=True, optional=True, stored_as="int64")
+    return At(name, {**_batch_leaves(size), "count": count})
 
 
 def _batch_leaves(size: int) -> dict[str, Param]:

@@ -5,6 +5,8 @@ Park et al. 2019, arXiv:1904.08779, with the counts of wav2vec 2.0 (Baevski et a
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -51,3 +53,23 @@ def span_mask(
     begun = jnp.cumsum(jnp.pad(begins, ((0, 0), (0, length - 1))), axis=-1)
     ended = jnp.pad(begun, ((0, 0), (length, 0)))[:, :size]
     return begun > ended
+
+
+def drawn_spans(
+    key: jax.Array, c: Any, rows: int, frames: int, size: int, lengths: jax.Array | None = None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """The spans that the `mask_time_*` and `mask_feature_*` fields of a configuration ask for.
+
+    Returns:
+        Frames [rows, frames] to hide, within the `lengths` [rows] of each row, and features [rows, size]; None where
+        the probability is 0.
+    """
+    k_time, k_feature = jax.random.split(key)
+    time = feature = None
+    if c.mask_time_prob > 0:
+        span, least = (c.mask_time_prob, c.mask_time_length), c.mask_time_min_masks
+        time = span_mask(k_time, rows, frames, *span, min_spans=least, lengths=lengths)
+    if c.mask_feature_prob > 0:
+        span, least = (c.mask_feature_prob, c.mask_feature_length), c.mask_feature_min_masks
+        feature = span_mask(k_feature, rows, size, *span, min_spans=least)
+    return time, feature

@@ -21,7 +21,7 @@ from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.conv import conv, conv_spec
 from formax.layers.linear import linear, linear_spec
-from formax.layers.spec_augment import span_mask
+from formax.layers.spec_augment import drawn_spans
 
 EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -227,13 +227,8 @@ def hide(p: Any, c: SpeechConfig, x: jax.Array, given: Any, real: Any, key: Any)
         raise ValueError(f"mask_time_indices must be [batch, frames] {(rows, frames)}, got shape {given.shape}")
     zeroed = None
     if key is not None:
-        k_time, k_feature = jax.random.split(key)
-        lengths = None if real is None else real.sum(-1)
-        time, feature = (c.mask_time_prob, c.mask_time_length), (c.mask_feature_prob, c.mask_feature_length)
-        if given is None and c.mask_time_prob > 0:
-            given = span_mask(k_time, rows, frames, *time, min_spans=c.mask_time_min_masks, lengths=lengths)
-        if c.mask_feature_prob > 0:
-            zeroed = span_mask(k_feature, rows, size, *feature, min_spans=c.mask_feature_min_masks)
+        drawn, zeroed = drawn_spans(key, c, rows, frames, size, None if real is None else real.sum(-1))
+        given = drawn if given is None else given
     if given is not None:
         if "masked" not in p:
             raise ValueError("masked frames have a vector only where mask_time_prob or mask_feature_prob is above 0")
@@ -241,7 +236,12 @@ def hide(p: Any, c: SpeechConfig, x: jax.Array, given: Any, real: Any, key: Any)
     return x if zeroed is None else jnp.where(zeroed[:, None], 0, x)
 
 
-# ---- states made fewer
+# ---- states of all layers, and states made fewer
+
+
+def weighted(weights: jax.Array, before: Any, x: jax.Array) -> jax.Array:
+    """States before every layer and after the last, summed by the softmax of `weights` [layers + 1]: [B, T, E]."""
+    return jnp.tensordot(jax.nn.softmax(weights).astype(x.dtype), jnp.stack([*before, x]), 1)
 
 
 def adapter_spec(c: AdaptedSpeechConfig) -> dict[str, Spec]:

@@ -115,12 +115,18 @@ class Model:
 
     def __getattr__(self, name: str) -> Any:
         # Only reached for what is no attribute: the architecture's own methods (`encode`, `get_text_features`).
-        methods = {} if name.startswith("__") else self.architecture.methods
-        if name not in methods:
-            more = f"; beside a Model's own it has {', '.join(methods)}" if methods else ""
+        if name.startswith("__") or name not in self.architecture.methods:
+            methods = ", ".join(self.architecture.methods)
+            more = f"; beside a Model's own it has {methods}" if methods else ""
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{more}")
-        as_method = replace(self, architecture=_as_architecture(self.architecture, name))
-        return as_method.__call__
+        return self.as_method(name).__call__
+
+    def as_method(self, name: str) -> Self:
+        """The model whose call is one of its architecture's methods: `model.as_method("encode")(ids)`.
+
+        It is what `model.encode(ids)` calls, and can be captured: `formax.capture(model.as_method("encode"), "**.out")`.
+        """
+        return replace(self, architecture=_as_architecture(self.architecture, name))
 
     def name_inputs(self, args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Positional inputs under their names.

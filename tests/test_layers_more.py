@@ -15,6 +15,7 @@ from formax.core.outputs import Seq2SeqOutput
 from formax.layers import maps, norm, seq2seq, seq2seq_heads, speech, speech_heads
 from formax.layers.attention import KVCache
 from formax.layers.backbone import BackboneConfig
+from formax.layers.spec_augment import drawn_spans
 from formax.layers.speech import AdaptedSpeechConfig, SpeechConfig
 
 KEY = jax.random.key(0)
@@ -225,6 +226,31 @@ def test_heads_of_recordings_and_of_frames() -> None:
         np.testing.assert_allclose(logits, states @ draw(4, 3), rtol=1e-4, atol=1e-5)
 
 
+def test_spans_are_those_that_a_configuration_has() -> None:
+    c = SPEECH(mask_time_prob=0.5, mask_time_length=3, mask_feature_prob=0.0)
+    time, feature = drawn_spans(KEY, c, 4, 50, 20, lengths=jnp.array([50, 20, 50, 50]))
+    assert feature is None
+    assert time is not None
+    assert time.shape == (4, 50)
+    assert time[0].any()
+    assert not time[1, 20:].any()
+    time, feature = drawn_spans(
+        KEY, SPEECH(mask_time_prob=0.0, mask_feature_prob=0.5, mask_feature_length=3), 4, 50, 20
+    )
+    assert time is None
+    assert feature is not None
+    assert (feature.shape, bool(feature.any())) == ((4, 20), True)
+
+
+def test_layers_are_weighed() -> None:
+    states = draw(3, 2, 5, 4)
+    weights = jnp.log(jnp.array([1.0, 2.0, 5.0]))
+    expected = (states[0] + 2 * states[1] + 5 * states[2]) / 8
+    for before in (tuple(states[:2]), states[:2]):  # of layers one by one, and of stacked ones
+        found = speech.weighted(weights, jax.tree.map(jnp.asarray, before), jnp.asarray(states[2]))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- maps
 
 
@@ -280,8 +306,8 @@ def test_learned_positions_are_columns_then_rows() -> None:
 
 def test_a_frozen_batch_norm_has_no_weights() -> None:
     spec = norm.frozen_batch_spec("bn", 3)
-    frozen, free = (specs.table(one).entries for one in (spec, norm.batch_spec("bn", 3, counted=False)))
-    assert [(entry.name, entry.path) for entry in frozen] == [(entry.name, entry.path) for entry in free]
+    frozen, free = (specs.table(one).entries for one in (spec, norm.batch_spec("bn", 3)))
+    assert [(entry.name, entry.path) for entry in frozen] == [(entry.name, entry.path) for entry in free[:-1]]
     assert all(entry.param.buffer for entry in frozen)
     assert specs.table(spec).ignored == {"bn.num_batches_tracked"}
     p, x = drawn(spec), draw(2, 4, 5, 3)

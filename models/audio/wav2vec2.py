@@ -168,7 +168,7 @@ def encode(
     if "norm" in p:
         x = tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_eps))
     if "layer_weights" in p:
-        return jnp.tensordot(jax.nn.softmax(p["layer_weights"]).astype(x.dtype), jnp.stack([*before, x]), 1), found
+        return speech.weighted(p["layer_weights"], before, x), found
     return speech.adapt(p["adapter"], c, x) if "adapter" in p else x, found
 
 

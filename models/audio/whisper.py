@@ -19,14 +19,14 @@ from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, constant, fold, normal, optional, stack_of
-from formax.layers import embed, heads, norm, seq2seq_heads
+from formax.layers import embed, heads, norm, seq2seq_heads, speech
 from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask
 from formax.layers.conv import channels_last, conv, conv_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
 from formax.layers.seq2seq import decoder_mask, states_of
-from formax.layers.spec_augment import span_mask
+from formax.layers.spec_augment import drawn_spans
 from formax.models.text.bart import ALONE, EPS, block, block_spec, check_memory, init_cache
 
 
@@ -164,17 +164,12 @@ def augment(c: WhisperConfig, features: jax.Array, attention_mask: Any, key: Any
     """SpecAugment, under a key: spans of frames (of those that `attention_mask` [B, frames] has) and of mels are 0."""
     if key is None or not c.apply_spec_augment:
         return features
-    k_time, k_mel = jax.random.split(key)
     rows, mels, frames = features.shape
-    if c.mask_time_prob > 0:
-        real = None if attention_mask is None else attention_mask.sum(-1)
-        span, least = (c.mask_time_prob, c.mask_time_length), c.mask_time_min_masks
-        hidden = span_mask(k_time, rows, frames, *span, min_spans=least, lengths=real)
+    real = None if attention_mask is None else attention_mask.sum(-1)
+    hidden, zeroed = drawn_spans(key, c, rows, frames, mels, real)
+    if hidden is not None:
         features = jnp.where(hidden[:, None], 0, features)
-    if c.mask_feature_prob > 0:
-        span, least = (c.mask_feature_prob, c.mask_feature_length), c.mask_feature_min_masks
-        features = jnp.where(span_mask(k_mel, rows, mels, *span, min_spans=least)[:, :, None], 0, features)
-    return features
+    return features if zeroed is None else jnp.where(zeroed[:, :, None], 0, features)
 
 
 def encode(
@@ -257,8 +252,7 @@ def audio_classification(
     else:
         x, before = hear(p, c, input_features, key)
         if c.use_weighted_layer_sum:
-            weights = jax.nn.softmax(p["layer_weights"]).astype(x.dtype)
-            x = jnp.tensordot(weights, jnp.stack([*before, x]), 1)
+            x = speech.weighted(p["layer_weights"], before, x)
     return LogitsOutput(logits=linear(p["head"], linear(p["projector"], x).mean(1)))
 
 
