@@ -50,7 +50,7 @@ def token_ids(options: Options, seed: int = 0) -> npt.NDArray[np.int32]:
 def arrays(options: Options) -> dict[str, npt.NDArray[Any]]:
     """The inputs of a call, {name: (kind, shape)} in the options, filled with random numbers."""
     generator = np.random.default_rng(0)
-    fill = {
+    fill: dict[str, Callable[[tuple[int, ...]], npt.NDArray[Any]]] = {
         "ids": lambda shape: generator.integers(1, options["vocabulary"], shape, dtype=np.int32),
         "ones": lambda shape: np.ones(shape, np.int32),
         "floats": lambda shape: generator.standard_normal(shape, np.float32),

@@ -56,17 +56,24 @@ def span_mask(
 
 
 def drawn_spans(
-    key: jax.Array, c: Any, rows: int, frames: int, size: int, lengths: jax.Array | None = None
+    key: jax.Array,
+    c: Any,
+    rows: int,
+    frames: int,
+    size: int,
+    *,
+    lengths: jax.Array | None = None,
+    given: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """The spans that the `mask_time_*` and `mask_feature_*` fields of a configuration ask for.
 
     Returns:
-        Frames [rows, frames] to hide, within the `lengths` [rows] of each row, and features [rows, size]; None where
-        the probability is 0.
+        Frames [rows, frames] to hide, the `given` ones or random ones within the `lengths` [rows] of each row; and
+        features [rows, size]. None where there are none given and the probability is 0.
     """
     k_time, k_feature = jax.random.split(key)
-    time = feature = None
-    if c.mask_time_prob > 0:
+    time, feature = given, None
+    if given is None and c.mask_time_prob > 0:
         span, least = (c.mask_time_prob, c.mask_time_length), c.mask_time_min_masks
         time = span_mask(k_time, rows, frames, *span, min_spans=least, lengths=lengths)
     if c.mask_feature_prob > 0:

@@ -227,8 +227,8 @@ def hide(p: Any, c: SpeechConfig, x: jax.Array, given: Any, real: Any, key: Any)
         raise ValueError(f"mask_time_indices must be [batch, frames] {(rows, frames)}, got shape {given.shape}")
     zeroed = None
     if key is not None:
-        drawn, zeroed = drawn_spans(key, c, rows, frames, size, None if real is None else real.sum(-1))
-        given = drawn if given is None else given
+        lengths = None if real is None else real.sum(-1)
+        given, zeroed = drawn_spans(key, c, rows, frames, size, lengths=lengths, given=given)
     if given is not None:
         if "masked" not in p:
             raise ValueError("masked frames have a vector only where mask_time_prob or mask_feature_prob is above 0")

@@ -124,7 +124,7 @@ class Model:
     def as_method(self, name: str) -> Self:
         """The model whose call is one of its architecture's methods: `model.as_method("encode")(ids)`.
 
-        It is what `model.encode(ids)` calls, and can be captured: `formax.capture(model.as_method("encode"), "**.out")`.
+        `model.encode(ids)` is its call, and it can be captured: `formax.capture(model.as_method("encode"), "**.out")`.
         """
         return replace(self, architecture=_as_architecture(self.architecture, name))
 

@@ -234,12 +234,13 @@ def test_spans_are_those_that_a_configuration_has() -> None:
     assert time.shape == (4, 50)
     assert time[0].any()
     assert not time[1, 20:].any()
-    time, feature = drawn_spans(
-        KEY, SPEECH(mask_time_prob=0.0, mask_feature_prob=0.5, mask_feature_length=3), 4, 50, 20
-    )
+    c = SPEECH(mask_time_prob=0.0, mask_feature_prob=0.5, mask_feature_length=3)
+    time, feature = drawn_spans(KEY, c, 4, 50, 20)
     assert time is None
     assert feature is not None
     assert (feature.shape, bool(feature.any())) == ((4, 20), True)
+    given = jnp.ones((4, 9))  # spans of 10 frames would not fit, but none are drawn
+    assert drawn_spans(KEY, SPEECH(), 4, 9, 20, given=given) == (given, None)
 
 
 def test_layers_are_weighed() -> None:
@@ -383,10 +384,12 @@ def test_a_decoder_sees_what_was_before() -> None:
 
 
 def test_heads_of_encoder_decoders() -> None:
-    states, memory = draw(2, 4, 3), draw(2, 5, 3)
+    states, memory = draw(2, 4, 3), jnp.asarray(draw(2, 5, 3))
 
     def run(p: Any, c: Any, input_ids: Any = None, key: Any = None) -> Seq2SeqOutput:
-        return Seq2SeqOutput(last_hidden_state=jnp.asarray(states), cache="kept", encoder_last_hidden_state=memory)
+        return Seq2SeqOutput(
+            last_hidden_state=jnp.asarray(states), cache="kept", encoder_last_hidden_state=jnp.asarray(memory)
+        )
 
     class C:
         eos_token_id, classifier_dropout = 2, 0.5

@@ -16,7 +16,6 @@ import tiny
 
 import formax
 from formax.conversion.checkpoint import CheckpointError
-from formax.core import spec as specs
 from formax.sharding import make_mesh
 
 ARCHITECTURES = (

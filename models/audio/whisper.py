@@ -166,7 +166,7 @@ def augment(c: WhisperConfig, features: jax.Array, attention_mask: Any, key: Any
         return features
     rows, mels, frames = features.shape
     real = None if attention_mask is None else attention_mask.sum(-1)
-    hidden, zeroed = drawn_spans(key, c, rows, frames, mels, real)
+    hidden, zeroed = drawn_spans(key, c, rows, frames, mels, lengths=real)
     if hidden is not None:
         features = jnp.where(hidden[:, None], 0, features)
     return features if zeroed is None else jnp.where(zeroed[:, :, None], 0, features)

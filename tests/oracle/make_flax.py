@@ -27,7 +27,7 @@ from transformers.modeling_flax_pytorch_utils import rename_key_and_reshape_tens
 
 from oracle.frameworks import CASES, DATA, Case, dump, path_of, record, turned
 
-_clip = jnp.clip
+_clip: Any = jnp.clip
 
 
 def clip(x: Any, *limits: Any, a_min: Any = None, a_max: Any = None, **others: Any) -> Any:
@@ -36,7 +36,7 @@ def clip(x: Any, *limits: Any, a_min: Any = None, a_max: Any = None, **others: A
     return _clip(x, *limits, **others, **{name: value for name, value in named.items() if value is not None})
 
 
-jnp.clip = clip
+jnp.clip = clip  # type: ignore[assignment]
 
 
 def build(case: Case) -> tuple[Any, dict[str, np.ndarray]]:

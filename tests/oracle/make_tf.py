@@ -95,9 +95,9 @@ def main() -> None:
             continue
         for weight in model.weights:
             weight.assign(values[weight.name])
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, max_shard_size=case.shard_size)
-            tensors, groups = stored(Path(folder))
+        with tempfile.TemporaryDirectory() as saved:
+            model.save_pretrained(saved, max_shard_size=case.shard_size)
+            tensors, groups = stored(Path(saved))
             head = {"golden": case.golden, "changes": case.changes, "groups": groups}
             path_of("tf", case).write_text(dump({**head, "tensors": record(tensors)}))
             if case.kept:

@@ -404,12 +404,13 @@ SEEN = ("projected_states",)
 
 def layered(name: str, *arguments: Any, **more: Any) -> tuple[Bug, ...]:
     """Returns a mistake inside the layers for all cases: of a pre-training, what the quantizer gives cannot show it."""
-    cases, apply, *least = arguments
+    cases, apply = arguments[:2]
+    least = arguments[2] if len(arguments) > 2 else 1e-2
     own = tuple(case for case in cases if case.startswith("pre_training"))
     rest = tuple(case for case in cases if case not in own and case not in ("model", "stable", "masked"))
     bare = tuple(case for case in cases if case in ("model", "stable", "masked"))
     split = ((rest, ()), (bare, ("last_hidden_state",)), (own, SEEN))
-    return tuple(Bug(name, some, apply, *least, outputs=outputs, **more) for some, outputs in split if some)
+    return tuple(Bug(name, some, apply, least, outputs, **more) for some, outputs in split if some)
 
 
 TRACED = ("traces", "stable_traces", "head_on_pre_training")  # what comes before the mistake is right
