@@ -18,7 +18,7 @@ DRAW = np.random.RandomState(0)
 TEXT = {
     "vocab_size": 64,
     "hidden_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 40,
     "max_position_embeddings": 32,
@@ -26,7 +26,7 @@ TEXT = {
 }
 DECODER = TEXT | {"num_key_value_heads": 2}
 MIXTRAL = DECODER | {"num_local_experts": 4, "output_router_logits": True}
-T5 = {"vocab_size": 64, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+T5 = {"vocab_size": 64, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 1, "num_heads": 4}
 VIT = {name: TEXT[name] for name in TEXT if name not in ("vocab_size", "max_position_embeddings")}
 IDS = DRAW.randint(2, 64, (8, 12)).astype(np.int32)
 MASK = np.ones_like(IDS)
@@ -139,7 +139,7 @@ def test_shardings_of_a_state_that_is_nowhere_yet() -> None:
     places: Any = state_shardings(state, mesh)
     jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), state, places)  # the same tree, and it fits
     assert places.model.params["embed"]["word"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
-    assert places.opt_state[0].mu["layers"][1]["mlp"]["up"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
+    assert places.opt_state[0].mu["layers"][0]["mlp"]["up"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
     assert places.step.spec == places.opt_state[0].count.spec == PartitionSpec()
 
 
