@@ -58,6 +58,10 @@ def conv(
     """
     rank = x.ndim - 2
     kernel = p["kernel"].astype(x.dtype)
+    if math.prod(kernel.shape[:rank]) == 1 and groups == 1 and padding == 0:
+        # A matrix product by another name, and faster as one.
+        picked = x[:, *(slice(None, None, step) for step in _each(stride, rank))]
+        return linear({**p, "kernel": kernel.reshape(kernel.shape[rank:])}, picked)
     pads = [pad if isinstance(pad, tuple) else (pad, pad) for pad in _each(padding, rank)]
     letters = SPATIAL[rank]
     y = jax.lax.conv_general_dilated(

@@ -6,7 +6,7 @@ it into booleans (`materialise`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,14 @@ class Mask:
                 raise ValueError(f"both masks set {f.name}; merge it before combining them")
         return Mask(**merged)
 
+    def of_queries(self, start: Any, count: int) -> Mask:
+        """The mask for `count` of the queries, from number `start` on."""
+        segments = self.segments
+        if segments is not None:
+            segments = jax.lax.dynamic_slice_in_dim(segments[0], start, count, axis=1), segments[1]
+        dense = rows_from(self.dense, start, count)
+        return replace(self, q_offset=self.q_offset + start, segments=segments, dense=dense)
+
     def materialise(self, t: int, s: int) -> jax.Array | None:
         """Booleans that broadcast to [B, H, t, s], True where attention may look; None where everything may."""
         q = jnp.arange(t)[:, None] + self.q_offset
@@ -95,6 +103,13 @@ class Mask:
         for part in parts[1:]:
             out = out & part
         return out
+
+
+def rows_from(x: jax.Array | None, start: Any, count: int) -> jax.Array | None:
+    """Those of `count` queries from `start` on, of something that broadcasts to [B, H, T, S]."""
+    if x is None or x.ndim < 2 or x.shape[-2] == 1:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=-2)
 
 
 def _is_static(value: Any) -> bool:

@@ -130,6 +130,20 @@ def tap(name: str, value: Any) -> Any:
     return value
 
 
+def watched(*names: str) -> bool:
+    """Whether a value at one of these places of the current scope is asked for, or is going to be changed.
+
+    A layer that makes such a value only on the way can then do without it.
+    """
+    state = _current.get()
+    if state is None:
+        return False
+    places = [place for name in names for place in _expand(".".join((*state.path, name)), state.depth)]
+    state.places.update(dict.fromkeys(places))
+    changed = any(_regex(item.pattern).fullmatch(place) for item in state.interventions for place in places)
+    return changed or state.asks(*places)
+
+
 def isolate(function: Callable[..., Any], *, remat: bool) -> Callable[..., Any]:
     """`jax.checkpoint(function)` when `remat`, with the values seen inside carried out as outputs."""
     if not remat:
