@@ -250,6 +250,10 @@ class Model:
         stacked = replace(self, params=specs.stack_layers(self.params))
         if not stacked._is_stacked:
             raise ValueError(f"{self.architecture.name} has no layers to stack")
+        for entry in specs.table(stacked.spec).entries:
+            if entry.param.buffer and "layers" in entry.param.axes:
+                # Its new value is a place for each layer, which no path of a stack is.
+                raise ValueError(f"{entry.key} is state that training updates; leave these layers one by one")
         return stacked
 
     def unstack_layers(self) -> Self:
