@@ -27,7 +27,7 @@ from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
 from formax.layers.seq2seq import decoder_mask, states_of
 from formax.layers.spec_augment import drawn_spans
-from formax.models.text.bart import ALONE, EPS, block, block_spec, check_memory, init_cache
+from formax.models.text.bart import EPS, block, block_spec, check_memory, init_cache
 
 
 @config
@@ -292,13 +292,6 @@ FAMILY = Family(
             classifier_spec,
             audio_classification,
             inputs=audio_classification,
-            collected={
-                "hidden_states": (
-                    "output_hidden_states",
-                    ("encoder.embed.out", "encoder.layers.*.out", "encoder.last"),
-                ),
-                "attentions": ("output_attentions", ("encoder.layers.*.attn.weights",)),
-            },
         ),
         Architecture(
             "WhisperForCausalLM",
@@ -306,7 +299,6 @@ FAMILY = Family(
             heads.with_heads("model", decoder_spec, _words),
             heads.causal_lm(decode),
             inputs=decode,
-            collected=ALONE,
         ),
     ),
     flax=Port(

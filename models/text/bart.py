@@ -283,12 +283,6 @@ def _labels(c: BartConfig) -> dict[str, Spec]:
     return seq2seq_heads.labels_spec(c.d_model, c.num_labels, init=normal(c.init_std))
 
 
-# Where the states of a decoder are that is all there is.
-ALONE = {
-    "hidden_states": ("output_hidden_states", ("decoder.embed.out", "decoder.layers.*.out", "decoder.last")),
-    "attentions": ("output_attentions", ("decoder.layers.*.attn.weights",)),
-}
-
 _whole, _seq2seq = partial(heads.with_heads, "model", model_spec), partial(Architecture, methods={"encode": encode})
 
 _BOTH = ("ForConditionalGeneration", "ForSequenceClassification")
@@ -326,7 +320,6 @@ FAMILY = Family(
             heads.with_heads("model", decoder_spec, heads.lm_head()),
             heads.causal_lm(decode),
             inputs=decode,
-            collected=ALONE,
         ),
     ),
     flax=Port(
