@@ -1,6 +1,23 @@
-"""Attention: one function (`attention`), structured masks (`Mask`), caches, and the multi-head layers over them."""
+"""Attention: one function (`attention`), structured masks and biases, backends, caches, and multi-head layers."""
 
 from formax.layers.attention.api import KVCache, attention, attention_spec, cross_attention, self_attention
+from formax.layers.attention.backends import explain_attention
+from formax.layers.attention.bias import ALiBi, Bucketed, Indexed, alibi_slopes
 from formax.layers.attention.mask import Mask, from_attention_mask
+from formax.layers.attention.problem import compile_for
 
-__all__ = ["KVCache", "Mask", "attention", "attention_spec", "cross_attention", "from_attention_mask", "self_attention"]
+__all__ = [
+    "ALiBi",
+    "Bucketed",
+    "Indexed",
+    "KVCache",
+    "Mask",
+    "alibi_slopes",
+    "attention",
+    "attention_spec",
+    "compile_for",
+    "cross_attention",
+    "explain_attention",
+    "from_attention_mask",
+    "self_attention",
+]

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.spec import Initializer, Spec
-from formax.layers.attention import xla
+from formax.layers.attention import backends
+from formax.layers.attention.bias import Bias
 from formax.layers.attention.mask import Mask
+from formax.layers.attention.problem import problem
 from formax.layers.linear import linear, linear_spec
 
 
@@ -22,43 +24,42 @@ def attention(
     v: jax.Array,
     *,
     mask: Mask | None = None,
-    bias: jax.Array | None = None,
+    bias: Bias | None = None,
     scale: float | None = None,
-    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    dropout: float | None = None,
     key: jax.Array | None = None,
+    backend: str | None = None,
 ) -> jax.Array:
-    """Scaled dot-product attention (Vaswani et al. 2017).
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
 
     Args:
         q: queries [B, T, H, D].
         k: keys [B, S, K, D]; K divides H, and heads share keys in groups of H / K.
         v: values [B, S, K, Dv].
         mask: what may be looked at; everything by default.
-        bias: added to the scaled scores, broadcasts to [B, H, T, S].
+        bias: added to the scaled scores: `ALiBi`, `Bucketed`, `Indexed`, or an array that broadcasts to [B, H, T, S].
         scale: factor on the scores, 1 / sqrt(D) by default.
+        softcap: scores go through softcap * tanh(scores / softcap), before the bias (Gemma 2, arXiv:2408.00118).
+        sinks: [H] a score that every query has beside those of its keys, and that has no value (gpt-oss,
+            arXiv:2508.10925; Xiao et al. 2023, arXiv:2309.17453).
         dropout: rate for the weights, applied when `key` is given.
         key: random key.
+        backend: one of `backends.BACKENDS`; by default the first that supports this call and is worth it, which
+            `explain_attention` names.
 
     Returns:
         [B, T, H, Dv]; rows that may look nowhere are zero.
 
     Raises:
-        ValueError: ranks, batches, lengths or head counts that do not fit, with both shapes.
+        ValueError: ranks, batches, lengths, head counts or masks that do not fit, with both shapes; a named backend
+            that does not exist.
+        TypeError: dtypes that differ or are no floating-point numbers.
+        NotImplementedError: a named backend that cannot do this, with the reason.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must be [batch, length, heads, head_dim], got shape {x.shape}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"k {k.shape} and v {v.shape} must agree in batch, length and heads")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q {q.shape} and k {k.shape} must agree in batch and head_dim")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads of q {q.shape} cannot share {k.shape[2]} key heads of k {k.shape}")
-    mask = mask or Mask()
-    if mask.keys is not None and (mask.keys.shape[-1] != k.shape[1] or mask.keys.shape[0] not in (1, k.shape[0])):
-        raise ValueError(f"the mask speaks of [batch, key] {mask.keys.shape}, k {k.shape} has {k.shape[:2]}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return xla.attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, key=key)
+    given = problem(q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, key=key)
+    return backends.choose(given, backend).attention(given)
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ it into booleans (`materialise`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["q_offset", "kv_length", "keys", "segments", "prefix", "dense"],
-    meta_fields=["causal", "window"],
+    meta_fields=["causal", "window", "dilation"],
 )
 @dataclass(frozen=True, kw_only=True)
 class Mask:
@@ -26,7 +26,8 @@ class Mask:
     Attributes:
         causal: key j only if its position is not after the query's.
         window: (left, right): keys from i - left to i + right, both included; None on a side leaves it open.
-        q_offset: absolute position of the first query, an int or a scalar array (keys start at 0).
+        dilation: of these keys every so many-th, counted from the query itself (Beltagy et al. 2020, arXiv:2004.05150).
+        q_offset: absolute position of the first query, an int, a scalar array, or [B] (keys start at 0).
         kv_length: [B] number of valid keys of each row.
         keys: [B, S] booleans, the keys that exist: a padding mask of any form.
         segments: (q_ids [B, T], kv_ids [B, S]): only equal ids see each other.
@@ -36,6 +37,7 @@ class Mask:
 
     causal: bool = False
     window: tuple[int | None, int | None] | None = None
+    dilation: int = 1
     q_offset: Any = 0
     kv_length: jax.Array | None = None
     keys: jax.Array | None = None
@@ -64,32 +66,54 @@ class Mask:
                 raise ValueError(f"both masks set {f.name}; merge it before combining them")
         return Mask(**merged)
 
-    def of_queries(self, start: Any, count: int) -> Mask:
-        """The mask for `count` of the queries, from number `start` on."""
-        segments = self.segments
-        if segments is not None:
-            segments = jax.lax.dynamic_slice_in_dim(segments[0], start, count, axis=1), segments[1]
-        dense = rows_from(self.dense, start, count)
-        return replace(self, q_offset=self.q_offset + start, segments=segments, dense=dense)
+    def check(self, batch: int, heads: int, t: int, s: int) -> None:
+        """Raises ValueError for a field that does not speak of `batch` rows, `heads`, t queries and s keys."""
+        left, right = self.window or (None, None)
+        if (left or 0) < 0 or (right or 0) < 0:
+            raise ValueError(f"mask.window={self.window} must be (left, right), each not negative, or None for open")
+        if self.dilation < 1:
+            raise ValueError(f"mask.dilation={self.dilation} must be 1 or more")
+        if self.dilation > 1 and self.window is None:
+            raise ValueError(f"mask.dilation={self.dilation} thins out a window: give mask.window, too")
+        if self.prefix is not None and not self.causal:
+            raise ValueError("mask.prefix says what is seen though causal: set mask.causal, too")
+        q_ids, kv_ids = self.segments or (None, None)
+        expected: dict[str, tuple[Any, tuple[int, ...], str]] = {
+            "kv_length": (self.kv_length, (batch,), "[batch]"),
+            "prefix": (self.prefix, (batch,), "[batch]"),
+            "keys": (self.keys, (batch, s), "[batch, key]"),
+            "segments[0]": (q_ids, (batch, t), "[batch, query]"),
+            "segments[1]": (kv_ids, (batch, s), "[batch, key]"),
+        }
+        for name, (given, shape, axes) in expected.items():
+            if given is not None and not _fits(jnp.shape(given), shape):
+                raise ValueError(f"mask.{name} has shape {jnp.shape(given)}, but {axes} is {shape} here")
+        if jnp.shape(self.q_offset) not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"mask.q_offset has shape {jnp.shape(self.q_offset)}; it is one number, or [batch] {batch}"
+            )
+        check_pairs("mask.dense", self.dense, batch, heads, t, s)
+        if self.dense is not None and self.dense.dtype != bool:
+            raise ValueError(f"mask.dense has dtype {self.dense.dtype}; it is booleans, True where attention may look")
 
     def materialise(self, t: int, s: int) -> jax.Array | None:
         """Booleans that broadcast to [B, H, t, s], True where attention may look; None where everything may."""
-        q = jnp.arange(t)[:, None] + self.q_offset
-        k = jnp.arange(s)[None, :]
+        q = _column(self.q_offset) + jnp.arange(t)[:, None]  # [B or 1, 1, t, 1]
+        k = jnp.arange(s)
         parts: list[jax.Array] = []
         if self.causal:
-            seen = (k <= q)[None, None]
-            if self.prefix is not None:
-                seen = seen | (k < self.prefix[:, None, None])[:, None]
-            parts.append(seen)
+            seen = k <= q
+            parts.append(seen if self.prefix is None else seen | (k < _column(self.prefix)))
         if self.window is not None:
             left, right = self.window
             if left is not None:
-                parts.append((k >= q - left)[None, None])
+                parts.append(k >= q - left)
             if right is not None:
-                parts.append((k <= q + right)[None, None])
+                parts.append(k <= q + right)
+        if self.dilation > 1:
+            parts.append((q - k) % self.dilation == 0)
         if self.kv_length is not None:
-            parts.append((k < self.kv_length[:, None])[:, None, None])
+            parts.append(k < _column(self.kv_length))
         if self.keys is not None:
             parts.append(self.keys[:, None, None, :])
         if self.segments is not None:
@@ -105,11 +129,22 @@ class Mask:
         return out
 
 
-def rows_from(x: jax.Array | None, start: Any, count: int) -> jax.Array | None:
-    """Those of `count` queries from `start` on, of something that broadcasts to [B, H, T, S]."""
-    if x is None or x.ndim < 2 or x.shape[-2] == 1:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, start, count, axis=-2)
+def check_pairs(name: str, given: Any, batch: int, heads: int, t: int, s: int) -> None:
+    """Raises ValueError for an array that does not broadcast to [batch, heads, t, s]."""
+    if given is None:
+        return
+    whole = (batch, heads, t, s)
+    if given.ndim > 4 or not _fits(given.shape, whole[4 - given.ndim :]):
+        raise ValueError(f"{name} has shape {given.shape}, which does not broadcast to [B, H, T, S] = {whole}")
+
+
+def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return len(shape) == len(whole) and all(a in (1, b) for a, b in zip(shape, whole, strict=True))
+
+
+def _column(x: Any) -> jax.Array:
+    """One number, or one a row of the batch, to compare with [t, s] pairs: [B or 1, 1, 1, 1]."""
+    return jnp.reshape(x, (-1, 1, 1, 1))
 
 
 def _is_static(value: Any) -> bool:
