@@ -1,0 +1,344 @@
+"""What the Pallas kernels share: one call of attention as static facts and arrays, and the scores of one tile.
+
+A tile is `rows` queries by `keys` keys of one row and head. Nothing here knows the chip: kernels bring the arrays'
+parts as values (`Facts`), and get scores, who is seen, and the slopes of the terms' numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from formax.layers.attention.bias import ALiBi, Bucketed, by_pairs
+from formax.layers.attention.problem import Problem
+
+NOTHING = -1e30  # the score of a pair that is not seen
+DEAD = np.int32(-(2**31))  # the segment of keys that do not exist
+FAR = np.int32(2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of all tiles when the kernel is made.
+
+    Attributes:
+        t: number of queries.
+        s: number of keys.
+        rows: queries of a tile.
+        keys: keys of a tile.
+        scale: factor on the scores.
+        softcap: of the scores.
+        causal: as in `Mask`; `left`, `right`, `dilation`, too.
+        prefix: there is one.
+        bounded: keys end before the last tile does, or by row.
+        ids: queries and keys have segments.
+        pairs: which of "dense" (booleans) and "added" (terms) there are.
+        slopes: "one way" or "both ways" for ALiBi.
+        steps: edges of a bias that is constant between them (0 for none), filled up to `width` numbers.
+        width: of what is learned of a bias by distance, a power of two.
+        sinks: there are some.
+    """
+
+    t: int
+    s: int
+    rows: int
+    keys: int
+    scale: float
+    softcap: float | None
+    causal: bool
+    left: int | None
+    right: int | None
+    dilation: int
+    prefix: bool
+    bounded: bool
+    ids: bool
+    pairs: tuple[str, ...]
+    slopes: str | None
+    steps: int
+    width: int
+    sinks: bool
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Tiles along the queries, and along the keys."""
+        return -(-self.t // self.rows), -(-self.s // self.keys)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Lengths that the tiles make up."""
+        return self.blocks[0] * self.rows, self.blocks[1] * self.keys
+
+    @property
+    def masked(self) -> bool:
+        """Whether any pair may not be seen."""
+        bound = self.left is not None or self.right is not None
+        return self.causal or bound or self.bounded or not self.plain
+
+    @property
+    def plain(self) -> bool:
+        """Whether a tile is seen whole unless its edges say otherwise."""
+        return not self.ids and self.dilation == 1 and "dense" not in self.pairs
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one row and head, and of one tile where it says so.
+
+    Attributes:
+        offset: position of the first query.
+        end: number of keys.
+        prefix: keys that all see.
+        q_ids: [rows, 1] segments of the tile's queries.
+        k_ids: [1, keys] segments of the tile's keys.
+        dense: [rows or 1, keys or 1] of the tile, not zero where pairs are seen.
+        added: [rows or 1, keys or 1] of the tile, terms.
+        slope: ALiBi's.
+        edge: `edge(r)`, the distance from which value r + 1 holds.
+        value: `value(r)` between edges.
+        below: `below(d)`, how many edges are not above d.
+    """
+
+    offset: Any
+    end: Any
+    prefix: Any = None
+    q_ids: Any = None
+    k_ids: Any = None
+    dense: Any = None
+    added: Any = None
+    slope: Any = None
+    edge: Callable[[Any], Any] | None = None
+    value: Callable[[Any], Any] | None = None
+    below: Callable[[Any], Any] | None = None
+
+
+def plan_of(p: Problem, rows: int, keys: int) -> Plan:
+    """The static part of a call, for tiles of so many queries and keys."""
+    m, (_, t, s, _, _) = p.mask, p.sizes
+    left, right = m.window or (None, None)
+    pairs = ("dense",) * (m.dense is not None)
+    slopes, steps = None, 0
+    match p.bias:
+        case None:
+            pass
+        case ALiBi(both_ways=both):
+            slopes = "both ways" if both else "one way"
+        case Bucketed():
+            steps = len(p.bias.steps()[0])
+        case _:
+            pairs += ("added",)
+    width = max(16, 1 << steps.bit_length())
+    ids = m.segments is not None or m.keys is not None
+    bounded = m.kv_length is not None or s % keys > 0
+    return Plan(t, s, rows, keys, p.scale, p.softcap, m.causal, left, right, m.dilation, m.prefix is not None, bounded,
+                ids, pairs, slopes, steps, width, p.sinks is not None)  # fmt: skip
+
+
+def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
+    """The arrays beside q, k and v, by name; what a plan does not have is missing.
+
+    `numbers` [B, 4]: offset, end and prefix. `q_ids` [B, T'], `k_ids` [B, S']. `dense` (8-bit) and `added` [B or 1,
+    H or 1, T' or 1, S' or 1]. `learned` [H, width]: values between `edges` [width], or one slope. `sinks` [H, 1].
+    """
+    m, (b, t, s, h, _) = p.mask, p.sizes
+    zero = jnp.zeros((), jnp.int32)
+    given = (m.q_offset, s if m.kv_length is None else jnp.minimum(m.kv_length, s), m.prefix if plan.prefix else zero)
+    columns = [jnp.broadcast_to(jnp.asarray(x, jnp.int32).reshape(-1), b) for x in (*given, zero)]
+    found: dict[str, jax.Array] = {"numbers": jnp.stack(columns, axis=1)}
+    tp, sp = plan.padded
+    if plan.ids:
+        of_q, of_k = m.segments or (jnp.zeros((1, t), jnp.int32), jnp.zeros((1, s), jnp.int32))
+        of_k = of_k.astype(jnp.int32) if m.keys is None else jnp.where(m.keys, of_k.astype(jnp.int32), DEAD)
+        of_q, of_k = (jnp.broadcast_to(x, (b, x.shape[1])) for x in (of_q.astype(jnp.int32), of_k))
+        found["q_ids"] = jnp.pad(of_q, ((0, 0), (0, tp - t)), mode="edge")
+        found["k_ids"] = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD)
+    if "dense" in plan.pairs:
+        found["dense"] = filled(m.dense, plan).astype(jnp.int8)
+    if "added" in plan.pairs:
+        found["added"] = filled(by_pairs(p.bias, t, s), plan)
+    if isinstance(p.bias, ALiBi):
+        found["learned"] = jnp.pad(p.bias.slopes.astype(jnp.float32)[:, None], ((0, 0), (0, plan.width - 1)))
+    if isinstance(p.bias, Bucketed):
+        edges, values = p.bias.steps()
+        found["edges"] = jnp.asarray([*edges, *[FAR] * (plan.width - len(edges))], jnp.int32)
+        found["learned"] = jnp.pad(values.astype(jnp.float32), ((0, 0), (0, plan.width - values.shape[1])))
+    if p.sinks is not None:
+        found["sinks"] = p.sinks.astype(jnp.float32).reshape(h, 1)
+    return found
+
+
+def spans(plan: Plan, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The least and the largest segment of each block, `q_span` and `k_span` [B, blocks, 2], if there are segments."""
+    if not plan.ids:
+        return {}
+    of_q, of_k = (
+        given[name].reshape(len(given[name]), -1, n) for name, n in (("q_ids", plan.rows), ("k_ids", plan.keys))
+    )
+    least = jnp.where(of_k == DEAD, FAR, of_k).min(-1)
+    return {"q_span": jnp.stack([of_q.min(-1), of_q.max(-1)], -1), "k_span": jnp.stack([least, of_k.max(-1)], -1)}
+
+
+def filled(x: Any, plan: Plan) -> jax.Array:
+    """Something of all pairs, with four axes and as long as the tiles are."""
+    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    (tp, sp), (t, s) = plan.padded, x.shape[2:]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, tp - t if t > 1 else 0), (0, sp - s if s > 1 else 0)))
+
+
+def lengthened(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, H, D] with zeros after the last position, as long as the tiles are."""
+    return x if x.shape[1] == length else jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+
+
+# --- which tiles there are
+
+
+def key_blocks(plan: Plan, i: Any, offset: Any, end: Any, prefix: Any) -> tuple[Any, Any, Any, Any]:
+    """Blocks of keys that block i of queries sees: (first, first whole, last whole + 1, last + 1).
+
+    Those between the second and the third are seen whole, the others in part; where nothing is plain, none is whole.
+    """
+    first = offset + i * plan.rows
+    last = first + plan.rows - 1
+    start, stop = jnp.int32(0), end
+    whole_from, whole_to = jnp.int32(0), end
+    if plan.causal:
+        stop = jnp.minimum(stop, jnp.maximum(last + 1, prefix) if plan.prefix else last + 1)
+        whole_to = jnp.minimum(whole_to, jnp.maximum(first + 1, prefix) if plan.prefix else first + 1)
+    if plan.right is not None:
+        stop, whole_to = jnp.minimum(stop, last + plan.right + 1), jnp.minimum(whole_to, first + plan.right + 1)
+    if plan.left is not None:
+        start, whole_from = jnp.maximum(0, first - plan.left), jnp.maximum(0, last - plan.left)
+    start, stop = div(start, plan.keys), div(jnp.maximum(stop, 0) + plan.keys - 1, plan.keys)
+    if not plan.plain:
+        return start, stop, stop, stop
+    whole_from = jnp.clip(div(whole_from + plan.keys - 1, plan.keys), start, jnp.maximum(start, stop))
+    return start, whole_from, jnp.clip(div(jnp.maximum(whole_to, 0), plan.keys), whole_from, stop), stop
+
+
+def query_blocks(plan: Plan, j: Any, offset: Any, end: Any, prefix: Any) -> tuple[Any, Any]:
+    """First and last but one block of queries that see anything of block j of keys."""
+    first = j * plan.keys
+    start, stop = jnp.int32(0), jnp.int32(plan.t)
+    if plan.causal:
+        start = first - offset
+        start = jnp.where(first < prefix, 0, start) if plan.prefix else start
+    if plan.right is not None:
+        start = jnp.maximum(start, first - plan.right - offset)
+    if plan.left is not None:
+        stop = jnp.minimum(stop, first + plan.keys + plan.left - offset)
+    stop = jnp.where(first < end, stop, 0)
+    return div(jnp.maximum(start, 0), plan.rows), div(jnp.maximum(stop, 0) + plan.rows - 1, plan.rows)
+
+
+def div(a: Any, b: int) -> Any:
+    """The quotient of numbers that are not negative (kernels have no other division)."""
+    return jax.lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
+
+
+def meet(q_span: Any, k_span: Any) -> Any:
+    """Whether segments of a block of queries and of one of keys overlap: pairs of their least and largest."""
+    return (q_span[0] <= k_span[1]) & (k_span[0] <= q_span[1])
+
+
+# --- one tile
+
+
+def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: bool = False) -> tuple[Any, Any, Any]:
+    """Of products [rows, keys] of queries and keys: (scores, those before the bias, who is seen or None for all).
+
+    A tile that is `whole` needs not be asked who is seen.
+    """
+    capped = raw * plan.scale
+    if plan.softcap is not None:
+        capped = plan.softcap * jnp.tanh(capped * (1 / plan.softcap))
+    out = capped
+    shape = (plan.rows, plan.keys)
+    if plan.slopes is not None or plan.steps:
+        ahead = _ahead(plan, i, j, facts)
+        if plan.slopes is not None:
+            out = out + facts.slope * far(plan, ahead)
+        else:
+            out = out + _between(plan, i, j, ahead, facts)
+    if "added" in plan.pairs:
+        out = out + facts.added.astype(jnp.float32)
+    if whole:
+        return out, capped, None
+    q = facts.offset + i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    k = j * plan.keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    parts = []
+    if plan.causal:
+        parts.append((k <= q) | (k < facts.prefix) if plan.prefix else k <= q)
+    if plan.left is not None:
+        parts.append(k >= q - plan.left)
+    if plan.right is not None:
+        parts.append(k <= q + plan.right)
+    if plan.dilation > 1:
+        parts.append(jax.lax.rem(jnp.abs(q - k), jnp.int32(plan.dilation)) == 0)
+    if plan.bounded:
+        parts.append(k < facts.end)
+    if plan.ids:
+        parts.append(jnp.broadcast_to(facts.q_ids, shape) == jnp.broadcast_to(facts.k_ids, shape))
+    if "dense" in plan.pairs:
+        parts.append(jnp.broadcast_to(facts.dense.astype(jnp.int32), shape) != 0)
+    seen = None
+    for part in parts:
+        seen = part if seen is None else seen & part
+    return out, capped, seen
+
+
+def _ahead(plan: Plan, i: Any, j: Any, facts: Facts) -> Any:
+    """How far each key is after each query: [rows, keys]."""
+    steps = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 1)
+    steps = steps - jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 0)
+    return steps + (j * plan.keys - facts.offset - i * plan.rows)
+
+
+def far(plan: Plan, ahead: Any) -> Any:
+    """What ALiBi's slope is a factor of."""
+    return (-jnp.abs(ahead) if plan.slopes == "both ways" else ahead).astype(jnp.float32)
+
+
+def _edges(plan: Plan, i: Any, j: Any, facts: Facts) -> tuple[Any, Any]:
+    """Edges within a tile: from the first to the last but one. Few tiles have any: far away all is one bucket."""
+    nearest = j * plan.keys - facts.offset - i * plan.rows
+    assert facts.below is not None
+    return facts.below(nearest - (plan.rows - 1)), facts.below(nearest + plan.keys - 1)
+
+
+def _between(plan: Plan, i: Any, j: Any, ahead: Any, facts: Facts) -> Any:
+    """Terms of a bias that is constant between edges, [rows, keys]."""
+    first, last = _edges(plan, i, j, facts)
+    edge, value = facts.edge, facts.value
+    assert edge is not None
+    assert value is not None
+
+    def step(r: Any, out: Any) -> Any:
+        return out + jnp.where(ahead >= edge(r), value(r + 1) - value(r), 0.0)
+
+    return jax.lax.fori_loop(first, last, step, jnp.full((plan.rows, plan.keys), value(first), jnp.float32))
+
+
+def learned_slopes(plan: Plan, ds: Any, i: Any, j: Any, facts: Facts) -> Any:
+    """Slopes of what is learned of a bias by distance, from those of a tile's scores: [rows, keys] -> [1, width]."""
+    ahead, place = _ahead(plan, i, j, facts), jax.lax.broadcasted_iota(jnp.int32, (1, plan.width), 1)
+    if plan.slopes is not None:
+        return jnp.where(place == 0, total(ds * far(plan, ahead)), 0.0)
+    first, last = _edges(plan, i, j, facts)
+    edge = facts.edge
+    assert edge is not None
+
+    def step(r: Any, out: Any) -> Any:  # what lies beyond an edge belongs to the value after it
+        beyond = total(jnp.where(ahead >= edge(r), ds, 0.0))
+        return out + jnp.where(place == r + 1, beyond, 0.0) - jnp.where(place == r, beyond, 0.0)
+
+    return jax.lax.fori_loop(first, last, step, jnp.where(place == first, total(ds), 0.0))
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum of a tile, [1, 1]: one axis after the other, as kernels can."""
+    return jnp.sum(jnp.sum(x, axis=1, keepdims=True), axis=0, keepdims=True)
