@@ -91,7 +91,7 @@ def test_long_sequences_are_computed_in_tiles_and_short_ones_at_once() -> None:
     assert "xla_chunked  <- runs" in explain_attention(*shapes(4096, 4096), mask=Mask(causal=True))
     table = explain_attention(*shapes(64, 64))
     assert "xla          <- runs" in table
-    assert "a table of scores of 0.0625 MiB is made at once up to 8 MiB" in table
+    assert "a table of scores of 0.0625 MiB is made at once up to 0.5 MiB" in table
     assert "1 queries are no block" in explain_attention(*shapes(1, 2**20))
 
 
@@ -182,3 +182,48 @@ def test_tiles_that_the_mask_rules_out_are_not_computed() -> None:
             used = Mask(segments=(used.segments[0][:, :16], used.segments[1]))
         out = attention(first, k.at[:, where].set(np.nan), v.at[:, where].set(np.nan), mask=used, backend="xla_chunked")
         assert np.isfinite(out).all(), mask
+
+
+def chosen(platform: str, given: Any, **options: Any) -> str:
+    """The name of the backend that runs."""
+    with compile_for(platform):
+        lines = explain_attention(*given, **options).splitlines()
+    return next(line.split()[0] for line in lines if "<- runs" in line)
+
+
+HALF = shapes(4096, 4096, jnp.bfloat16, d=128)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mask": Mask(window=(4, 4))}, r"cuDNN looks into the future \(jax#39576\)"),
+        ({"mask": Mask(window=(4, None))}, r"cuDNN looks into the future"),
+        ({"mask": Mask(causal=True, q_offset=3)}, "a causal mask is aligned to the first key"),
+        ({"mask": Mask(causal=True, q_offset=jnp.asarray(0))}, "a causal mask is aligned to the first key"),
+        ({"mask": Mask(dense=jnp.ones((1, 1, 1, 4096), bool))}, "a mask with dense is not on the list"),
+        ({"mask": Mask(keys=jnp.ones((1, 4096), bool))}, "a mask with keys is not on the list"),
+        ({"bias": jnp.ones((4096,))}, "a bias is not on the list"),
+        ({"softcap": 2.0}, "a soft cap is not on the list"),
+        ({"sinks": jnp.ones(4)}, "sinks is not on the list"),
+        ({"dropout": 0.1, "key": jax.random.key(0)}, "dropout is not on the list"),
+    ],
+)
+def test_cudnn_is_given_only_what_it_does_right(options: Any, reason: str) -> None:
+    with compile_for("cuda"), pytest.raises(NotImplementedError, match=f"cudnn: .*{reason}"):
+        attention(*HALF, backend="cudnn", **options)
+    assert chosen("cuda", HALF, **options) != "cudnn"
+
+
+def test_cudnn_does_what_is_on_its_list() -> None:
+    for mask in (Mask(), Mask(causal=True), Mask(causal=True, window=(100, None)), Mask(causal=True, window=(100, 0))):
+        assert chosen("cuda", HALF, mask=mask) == "cudnn"
+    assert chosen("cuda", shapes(4096, 4096), mask=Mask(causal=True)) == "pallas_gpu"  # float32
+    assert chosen("cuda", shapes(64, 4096, jnp.bfloat16), mask=Mask(causal=True)) == "pallas_gpu"  # cut off at the end
+    assert chosen("cuda", shapes(4096, 4096, jnp.bfloat16, d=256)) == "pallas_gpu"
+
+
+def test_each_platform_has_its_kernels() -> None:
+    assert chosen("cpu", HALF) == "xla_chunked"
+    with pytest.raises(NotImplementedError, match="pallas_gpu: runs on cuda, and this is cpu"):
+        attention(*HALF, backend="pallas_gpu")

@@ -29,6 +29,7 @@ class Backend(Protocol):
 
 # In the order in which they are asked: {name: platform it is for, None for all}. Modules are imported when asked.
 BACKENDS: dict[str, str | None] = {
+    "cudnn": "cuda",
     "pallas_gpu": "cuda",
     "xla_chunked": None,
     "xla": None,
