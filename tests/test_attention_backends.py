@@ -11,8 +11,9 @@ from attention_cases import BIASES, MASKS, NUMBERS, Sizes, check, draw, options,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formax.core import tap
+from formax.core import mesh, tap
 from formax.layers.attention import Mask, attention, compile_for, explain_attention, xla_chunked
+from formax.sharding import make_mesh
 
 BACKENDS = ["xla", "xla_chunked"]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
@@ -78,6 +79,62 @@ def test_half_precision(backend: str, dtype: jnp.dtype) -> None:
     # a few of the 8 (11) bits that the inputs and weights have
     given = options(z, "causal", "alibi", "all three")
     check(partial(attention, backend=backend), z, given, dtype=dtype, tolerance=0.1 if dtype == jnp.bfloat16 else 0.01)
+
+
+# --- under a mesh
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_rows_and_heads_over_a_mesh(bias: str) -> None:
+    z = Sizes(b=4, h=8, k=2)
+    devices = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        with mesh.placed(mesh.Placing(devices)):
+            return attention(q, k, v, backend="xla_chunked", **options)
+
+    check(attend, z, options(z, "causal segments and keys", bias, "sinks"))
+
+
+def test_a_mesh_that_fits_in_part() -> None:
+    z = Sizes(b=3, h=6, k=3)  # neither rows nor heads of keys are even
+    devices = make_mesh(data=2, tensor=2)
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return attention(q, k, v, backend="xla_chunked", **options)
+
+    with jax.set_mesh(devices):
+        assert mesh.current() is not None
+        check(attend, z, options(z, "offset by row", "alibi", "plain"))
+
+
+def test_each_device_attends_with_its_own_rows_and_heads() -> None:
+    devices = make_mesh(data=2, tensor=4)
+    placing = mesh.Placing(devices)
+    where = jax.NamedSharding(devices, placing.partition(("batch", None, "heads", None), (2, 1024, 4, 16)))
+    x = jax.ShapeDtypeStruct((2, 1024, 4, 16), jnp.float32, sharding=where)
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        with mesh.placed(placing):
+            return attention(q, k, v, mask=Mask(causal=True))
+
+    made = jax.jit(attend).lower(x, x, x).compile()
+    program = made.as_text() or ""
+    assert "dot" in program
+    assert "all-gather" not in program
+    assert "all-reduce" not in program
+    assert made.output_shardings.is_equivalent_to(where, 4)
+
+
+def test_dropped_weights_differ_from_device_to_device() -> None:
+    z = Sizes(b=2, t=16, s=64, h=2, k=2)
+    _, k, v = qkv(z)
+    same = jnp.ones((2, 1, 2, 1))  # all rows and heads are alike but for what is dropped
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        run = jax.jit(partial(attention, backend="xla_chunked", dropout=0.5))
+        out = run(jnp.zeros((2, 16, 2, 8)), k[:1, :, :1] * same, v[:1, :, :1] * same, key=jax.random.key(0))
+    parts = np.asarray(out).transpose(0, 2, 1, 3).reshape(4, -1)
+    assert len({part.tobytes() for part in parts}) == 4
 
 
 # --- what is chosen

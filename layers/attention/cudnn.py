@@ -8,6 +8,8 @@ is listed in `supports` goes there, and no mask or bias as an array.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -50,13 +52,13 @@ def suits(p: Problem) -> str | None:
 
 def attention(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
-    window = None if p.mask.window is None else (p.mask.window[0], 0)
+    window: Any = None if p.mask.window is None else (p.mask.window[0], 0)
     return jax.nn.dot_product_attention(
         p.q,
         p.k,
         p.v,
         scale=p.scale,
         is_causal=p.mask.causal,
-        local_window_size=window,  # type: ignore[arg-type]
+        local_window_size=window,
         implementation="cudnn",
     )

@@ -158,7 +158,7 @@ def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
         found["k_ids"] = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD)
     if "dense" in plan.pairs:
         found["dense"] = filled(m.dense, plan).astype(jnp.int8)
-    if "added" in plan.pairs:
+    if p.bias is not None and "added" in plan.pairs:
         found["added"] = filled(by_pairs(p.bias, t, s), plan)
     if isinstance(p.bias, ALiBi):
         found["learned"] = jnp.pad(p.bias.slopes.astype(jnp.float32)[:, None], ((0, 0), (0, plan.width - 1)))
