@@ -30,6 +30,7 @@ class Backend(Protocol):
 # In the order in which they are asked: {name: platform it is for, None for all}. Modules are imported when asked.
 BACKENDS: dict[str, str | None] = {
     "pallas_gpu": "cuda",
+    "pallas_tpu": "tpu",
     "xla_chunked": None,
     "xla": None,
 }
