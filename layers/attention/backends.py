@@ -38,6 +38,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, str | None] = {
     "cudnn": "cuda",
     "pallas_gpu": "cuda",
+    "pallas_tpu": "tpu",
     "xla_chunked": None,
     "xla": None,
 }

@@ -1,4 +1,4 @@
-"""What the Pallas kernels share: one call of attention as static facts and arrays, and the scores of one tile.
+"""What the Pallas kernels share: one call of attention as static facts and arrays, both passes, and one tile's scores.
 
 A tile is `rows` queries by `keys` keys of one row and head. Nothing here knows the chip: kernels bring the arrays'
 parts as values (`Facts`), and get scores, who is seen, and the slopes of the terms' numbers.
@@ -6,16 +6,18 @@ parts as values (`Facts`), and get scores, who is seen, and the slopes of the te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from formax.layers.attention.bias import ALiBi, Bucketed, by_pairs
-from formax.layers.attention.problem import Problem
+from formax.layers.attention.problem import Problem, target
 
 NOTHING = -1e30  # the score of a pair that is not seen
 DEAD = np.int32(-(2**31))  # the segment of keys that do not exist
@@ -171,7 +173,7 @@ def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
     return found
 
 
-def spans(plan: Plan, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def spans(plan: Plan, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The least and the largest segment of each block, `q_span` and `k_span` [B, blocks, 2], if there are segments."""
     if not plan.ids:
         return {}
@@ -342,3 +344,77 @@ def learned_slopes(plan: Plan, ds: Any, i: Any, j: Any, facts: Facts) -> Any:
 def total(x: jax.Array) -> jax.Array:
     """The sum of a tile, [1, 1]: one axis after the other, as kernels can."""
     return jnp.sum(jnp.sum(x, axis=1, keepdims=True), axis=0, keepdims=True)
+
+
+def slopes_of(plan: Plan, raw: Any, i: Any, j: Any, facts: Facts, whole: bool, logs: Any, own: Any, dw: Any) -> Any:
+    """Of a tile, from the slopes `dw` of its weights: (weights, slopes of the scores, of the products)."""
+    found, capped, seen = scores(plan, raw, i, j, facts, whole=whole)
+    weights = jnp.exp(found - logs)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+    ds = weights * (dw - own)
+    if plan.softcap is None:
+        return weights, ds, ds * plan.scale
+    bend = capped * (1 / plan.softcap)
+    return weights, ds, ds * (plan.scale * (1 - bend * bend))
+
+
+# --- both passes
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Those of a backend. Arrays are q, k and v [B, T' or S', H or K, D] and what `operands` has, by name.
+
+    Attributes:
+        forward: `forward(plan, interpret, arrays)` -> sums [B, T', H, Dv], the logarithms of denominators [B, H, T'].
+        backward: `backward(plan, interpret, arrays, wanted)` -> slopes by name, for arrays that have `slope` (of the
+            sums), `logs` and `own` (slopes times sums, [B, H, T']), too: of q, k and v, and as `wanted` has it
+            "learned" [B, H, blocks, 1, width] and "added" [B, H, T', S'].
+    """
+
+    forward: Callable[[Plan, bool, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+    backward: Callable[[Plan, bool, dict[str, jax.Array], frozenset[str]], dict[str, jax.Array]]
+
+
+def attend(kernels: Kernels, p: Problem, plan: Plan) -> jax.Array:
+    """A call of attention by way of a backend's kernels, with the slopes that they give."""
+    given = operands(p, plan)
+    tp, sp = plan.padded
+    live = {"q": lengthened(p.q, tp), "k": lengthened(p.k, sp), "v": lengthened(p.v, sp)}
+    live |= {name: given.pop(name) for name in ("learned", "added", "sinks") if name in given}
+    return _attend(kernels, plan, target().interpret, live, given)[:, : plan.t]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(kernels: Kernels, plan: Plan, interpret: bool, live: Any, given: Any) -> jax.Array:
+    return kernels.forward(plan, interpret, {**live, **given})[0]
+
+
+def _remember(kernels: Kernels, plan: Plan, interpret: bool, live: Any, given: Any) -> Any:
+    # An empty tuple for a name: what is kept between the passes are arrays.
+    wanted = {name: () for name in ("learned", "added") if name in live and live[name].perturbed}
+    live, given = ({name: x.value for name, x in each.items()} for each in (live, given))
+    out, logs = kernels.forward(plan, interpret, {**live, **given})
+    return out, (live, given, out, logs, wanted)
+
+
+def _backward(kernels: Kernels, plan: Plan, interpret: bool, kept: Any, slope: Any) -> Any:
+    live, given, out, logs, wanted = kept
+    if isinstance(slope, SymbolicZero):
+        return None, None
+    own = jnp.einsum("bthd,bthd->bht", slope, out, preferred_element_type=jnp.float32)
+    arrays = {**live, **given, "slope": slope, "logs": logs, "own": own}
+    found = kernels.backward(plan, interpret, arrays, frozenset(wanted))
+    slopes = dict.fromkeys(live) | found
+    if "learned" in found:
+        slopes["learned"] = found["learned"].sum((0, 2, 3))
+    if "added" in found:
+        once = tuple(a for a in range(4) if live["added"].shape[a] == 1)
+        slopes["added"] = found["added"].sum(once, keepdims=True).astype(live["added"].dtype)
+    if "sinks" in live:  # a sink has no value, so that all its slope is the sum's
+        slopes["sinks"] = -(jnp.exp(live["sinks"][None] - logs) * own).sum((0, 2))[:, None]
+    return slopes, None
+
+
+_attend.defvjp(_remember, _backward, symbolic_zeros=True)

@@ -17,24 +17,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 
 from formax.layers.attention.kernel import (
     NOTHING,
     Facts,
+    Kernels,
     Plan,
+    attend,
     key_blocks,
     learned_slopes,
-    lengthened,
     meet,
-    operands,
     plan_of,
     query_blocks,
     scores,
+    slopes_of,
     spans,
 )
-from formax.layers.attention.problem import Problem, target
+from formax.layers.attention.problem import Problem
 
 # Queries and keys of a tile: forward, and backward, where more is held at once. Chosen by occupancy on Hopper.
 FORWARD, BACKWARD = (128, 64), (64, 64)
@@ -66,11 +66,7 @@ def attention(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
     _, t, s, _, _ = p.sizes
     plan = plan_of(p, block(t, FORWARD[0]), block(s, FORWARD[1]))
-    given = operands(p, plan)
-    tp, sp = plan.padded
-    live = {"q": lengthened(p.q, tp), "k": lengthened(p.k, sp), "v": lengthened(p.v, sp)}
-    live |= {name: given.pop(name) for name in ("learned", "added", "sinks") if name in given}
-    return _attend(plan, target().interpret, live, given)[:, :t]
+    return attend(KERNELS, p, plan)
 
 
 def block(length: int, most: int) -> int:
@@ -271,19 +267,6 @@ def forward_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, i
     logs[...] = jnp.where(some, most + jnp.log(total), 0.0)[:, 0]
 
 
-def slopes_of(plan: Plan, raw: Any, i: Any, j: Any, facts: Facts, whole: bool, logs: Any, own: Any, dw: Any) -> Any:
-    """Of a tile, from the slopes `dw` of its weights: (weights, slopes of the scores, of the products)."""
-    found, capped, seen = scores(plan, raw, i, j, facts, whole=whole)
-    weights = jnp.exp(found - logs)
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
-    ds = weights * (dw - own)
-    if plan.softcap is None:
-        return weights, ds, ds * plan.scale
-    bend = capped * (1 / plan.softcap)
-    return weights, ds, ds * (plan.scale * (1 - bend * bend))
-
-
 def queries_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int], *all_refs: Any) -> None:
     """Slopes of a block of queries of one head, and of what is learned of the bias."""
     refs = dict(zip(inputs, all_refs, strict=False))
@@ -380,14 +363,9 @@ def call(
     )(*given.values())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plan: Plan, interpret: bool, live: dict[str, jax.Array], given: dict[str, jax.Array]) -> jax.Array:
-    return _forward(plan, interpret, live, given)[0]
-
-
-def _forward(plan: Plan, interpret: bool, live: Mapping[str, jax.Array], given: Mapping[str, jax.Array]) -> Any:
-    """Sums [B, T', H, Dv] and the logarithms of their denominators [B, H, T']."""
-    q, v = live["q"], live["v"]
+def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
+    """See `Kernels`."""
+    q, v = given["q"], given["v"]
     b, tp, h, _ = q.shape
     deep = pl.next_power_of_2(max(16, v.shape[3]))
     outputs = {
@@ -400,27 +378,17 @@ def _forward(plan: Plan, interpret: bool, live: Mapping[str, jax.Array], given: 
             pl.BlockSpec((None, None, plan.rows), lambda i, h, b: (b, h, i)),
         ),
     }
-    arrays = {**live, **given, **spans(plan, dict(given))}
+    arrays = {**given, **spans(plan, given)}
     warps = 4 if max(q.shape[3], v.shape[3]) <= 64 else 8
     return call(forward_kernel, plan, arrays, outputs, of_keys=False, interpret=interpret, warps=warps)
 
 
-def _remember(plan: Plan, interpret: bool, live: Any, given: Any) -> Any:
-    wanted = {name: () for name in ("learned", "added") if name in live and live[name].perturbed}
-    live, given = ({name: x.value for name, x in each.items()} for each in (live, given))
-    out, logs = _forward(plan, interpret, live, given)
-    return out, (live, given, out, logs, wanted)
-
-
-def _backward(plan: Plan, interpret: bool, kept: Any, slope: Any) -> Any:
-    live, given, out, logs, wanted = kept
-    if isinstance(slope, SymbolicZero):
-        return None, None
-    b, tp, h, d = live["q"].shape
-    _, sp, _, dv = live["v"].shape
-    own = jnp.einsum("bthd,bthd->bht", slope, out, preferred_element_type=jnp.float32)
+def backward(plan: Plan, interpret: bool, given: dict[str, jax.Array], wanted: frozenset[str]) -> dict[str, jax.Array]:
+    """See `Kernels`."""
+    b, tp, h, d = given["q"].shape
+    _, sp, _, dv = given["v"].shape
     plan = replace(plan, rows=min(plan.rows, BACKWARD[0]), keys=min(plan.keys, BACKWARD[1]))
-    arrays = {**live, **given, "slope": slope, "logs": logs, "own": own, **spans(plan, given)}
+    arrays = {**given, **spans(plan, given)}
     run = partial(call, plan=plan, interpret=interpret, warps=4 if max(d, dv) <= 64 else 8)
     width, deep = (pl.next_power_of_2(max(16, n)) for n in (d, dv))
 
@@ -430,7 +398,7 @@ def _backward(plan: Plan, interpret: bool, kept: Any, slope: Any) -> Any:
             pl.BlockSpec((None, rows, None, width), lambda i, h, b: (b, i, h, 0)),
         )
 
-    outputs = {"q": like(live["q"], plan.rows, width)}
+    outputs = {"q": like(given["q"], plan.rows, width)}
     if "learned" in wanted:
         outputs["learned"] = (
             jax.ShapeDtypeStruct((b, h, tp // plan.rows, 1, plan.width), jnp.float32),
@@ -442,17 +410,9 @@ def _backward(plan: Plan, interpret: bool, kept: Any, slope: Any) -> Any:
             pl.BlockSpec((None, None, plan.rows, sp), lambda i, h, b: (b, h, i, 0)),
         )
     found = dict(zip(outputs, run(queries_kernel, given=arrays, outputs=outputs, of_keys=False), strict=True))
-    outputs = {"k": like(live["k"], plan.keys, width), "v": like(live["v"], plan.keys, deep)}
+    outputs = {"k": like(given["k"], plan.keys, width), "v": like(given["v"], plan.keys, deep)}
     found |= zip(outputs, run(keys_kernel, given=arrays, outputs=outputs, of_keys=True), strict=True)
-    slopes = dict.fromkeys(live) | found
-    if "learned" in found:
-        slopes["learned"] = found["learned"].sum((0, 2, 3))
-    if "added" in found:
-        once = tuple(a for a in range(4) if live["added"].shape[a] == 1)
-        slopes["added"] = found["added"].sum(once, keepdims=True).astype(live["added"].dtype)
-    if "sinks" in live:  # a sink has no value, so that all its slope is the sum's
-        slopes["sinks"] = -(jnp.exp(live["sinks"][None] - logs) * own).sum((0, 2))[:, None]
-    return slopes, None
+    return found
 
 
-_attend.defvjp(_remember, _backward, symbolic_zeros=True)
+KERNELS = Kernels(forward, backward)
