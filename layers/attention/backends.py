@@ -36,6 +36,7 @@ class Backend(Protocol):
 
 # In the order in which they are asked: {name: platform it is for, None for all}. Modules are imported when asked.
 BACKENDS: dict[str, str | None] = {
+    "decode_gpu": "cuda",
     "cudnn": "cuda",
     "pallas_gpu": "cuda",
     "pallas_tpu": "tpu",
