@@ -21,7 +21,7 @@ from benchmarks.tables import Section, Spread, target
 DEFAULT = Contestant("formax", "formax", "with_formax")
 BACKENDS = {
     "cpu": ("xla", "xla_chunked"),
-    "cuda": ("xla_chunked", "pallas_gpu", "cudnn"),
+    "cuda": ("xla_chunked", "pallas_gpu", "mosaic_gpu", "cudnn"),
 }
 TORCH = Contestant("torch SDPA", "torch", "with_torch")
 TOKAMAX = Contestant("tokamax", "formax", "with_tokamax", optional=True)

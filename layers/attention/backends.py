@@ -38,6 +38,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, str | None] = {
     "decode_gpu": "cuda",
     "cudnn": "cuda",
+    "mosaic_gpu": "cuda",
     "pallas_gpu": "cuda",
     "pallas_tpu": "tpu",
     "xla_chunked": None,
