@@ -4,7 +4,8 @@
     JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES=0 XLA_PYTHON_CLIENT_PREALLOCATE=false \
         python -m benchmarks.attention --python torch=... --rounds 5                 on a GPU
 
-On a GPU the share of the floor is that of the tensor cores' peak, of which `PEAKS` has those of data sheets.
+On a GPU `FORMAX_GPU=h100` (or h200, a100) adds the share of the peak on its data sheet: of the tensor cores, and in
+decoding of the memory.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from benchmarks.tables import Section, Spread, target
 DEFAULT = Contestant("formax", "formax", "with_formax")
 BACKENDS = {
     "cpu": ("xla", "xla_chunked"),
-    "cuda": ("xla_chunked", "pallas_gpu", "mosaic_gpu", "cudnn"),
+    "cuda": ("xla_chunked", "decode_gpu", "pallas_gpu", "mosaic_gpu", "cudnn"),
 }
 TORCH = Contestant("torch SDPA", "torch", "with_torch")
 TOKAMAX = Contestant("tokamax", "formax", "with_tokamax", optional=True)
-# Half-precision operations per second, dense, from NVIDIA's data sheets.
-PEAKS = {"h100": 989e12, "h200": 989e12, "a100": 312e12}
+# Half-precision operations and bytes per second, dense, from NVIDIA's data sheets.
+PEAKS = {"h100": (989e12, 3.35e12), "h200": (989e12, 4.8e12), "a100": (312e12, 2.04e12)}
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Case:
     kv_heads: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     slopes: bool = False
+    queries: int | None = None
 
     def __str__(self) -> str:
-        said = [f"{self.batch}x{self.length}, {self.heads} heads of {self.head_dim}"]
+        of = f" (queries {self.queries})" if self.queries else ""
+        said = [f"{self.batch}x{self.length}{of}, {self.heads} heads of {self.head_dim}"]
         said += [f"{self.kv_heads} of keys"] if self.kv_heads else []
         said += [name if value is True else f"{name} {value}" for name, value in self.options.items()]
         return ", ".join(said) + (", with gradients" if self.slopes else "")
@@ -51,14 +54,19 @@ class Case:
     def flops(self) -> float:
         """Floating-point operations of the matrix products; half of them under a causal mask."""
         window = self.options.get("window") or self.length
-        pairs = self.length * min(window, self.length)
+        pairs = (self.queries or self.length) * min(window, self.length)
         if self.options.get("causal") and window >= self.length:
             pairs //= 2
         return (2 if not self.slopes else 7) * 2.0 * self.batch * self.heads * self.head_dim * pairs
 
+    @property
+    def bytes(self) -> float:
+        """Keys and values in half precision, read once: what decoding cannot do without."""
+        return 2.0 * 2 * self.batch * self.length * (self.kv_heads or self.heads) * self.head_dim
+
     def asked(self, dtype: str) -> dict[str, Any]:
         """Options of the contestants' task."""
-        q = [self.batch, self.length, self.heads, self.head_dim]
+        q = [self.batch, self.queries or self.length, self.heads, self.head_dim]
         k = [self.batch, self.length, self.kv_heads or self.heads, self.head_dim]
         return {"q": q, "k": k, "dtype": dtype, "slopes": self.slopes, **self.options}
 
@@ -87,6 +95,7 @@ GPU = [
         {"causal": True, "segments": 4}, ODD,
     )),
 ]  # fmt: skip
+GPU += [Case(batch, length, 32, 128, 8, queries=1) for batch in (1, 8, 64) for length in (8192, 32768)]
 TINY = [Case(1, 64, 2, 16, options=CAUSAL), Case(1, 64, 2, 16, slopes=True)]
 
 
@@ -109,14 +118,15 @@ def measure(lab: Lab) -> Section:
             seconds = lab.compare(workers, "attention", case.asked(dtype), agreement=agreement)
             for name, found in seconds.items():
                 spread, ratio = Spread.of(found), Spread.of_ratios(found, seconds[DEFAULT.name])
-                speed = case.flops / spread.median
-                share = f" ({100 * speed / peak:.0f} %)" if peak else ""
-                rows.append((str(case), name, spread.seconds(), f"{ratio:.2f}", f"{speed / 1e9:.0f}{share}"))
+                speed, unit = (case.bytes, "GB/s") if case.queries else (case.flops, "GFLOP/s")
+                speed /= spread.median
+                share = f", {100 * speed / peak[bool(case.queries)]:.0f} %" if peak else ""
+                rows.append((str(case), name, spread.seconds(), f"{ratio:.2f}", f"{speed / 1e9:.0f} {unit}{share}"))
             data.append({"case": str(case), "flops": case.flops, "seconds": seconds})
             if platform == "cpu" and lab.size == "base" and case.length >= 4096:
                 ratio = Spread.of_ratios(seconds["formax xla"], seconds["formax xla_chunked"])
                 targets.append(target(f"{case}, xla / xla_chunked", ratio.median, 1.0, at_least=True))
-    header = ("case", "", "time", "time / formax", "GFLOP/s")
+    header = ("case", "", "time", "time / formax", "speed, share of the peak")
     return Section("Attention", header, rows, {"cases": data}, ["\n".join(targets)] if targets else [])
 
 
