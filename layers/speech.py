@@ -21,7 +21,7 @@ from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.conv import conv, conv_spec
 from formax.layers.linear import linear, linear_spec
-from formax.layers.spec_augment import drawn_spans
+from formax.layers.spec_augment import SpecAugmentConfig, drawn_spans
 
 EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -30,7 +30,7 @@ UNIT = jax.nn.initializers.uniform(1.0)  # 0 to 1
 
 
 @config
-class SpeechConfig(Config):
+class SpeechConfig(SpecAugmentConfig):
     """The fields that all configurations of the line have."""
 
     implemented: ClassVar = {"feat_extract_norm": ("group", "layer")}
@@ -58,13 +58,6 @@ class SpeechConfig(Config):
     num_feat_extract_layers: int | None = None  # None: as many as the three above have
     num_conv_pos_embeddings: int = 128
     num_conv_pos_embedding_groups: int = 16
-    apply_spec_augment: bool = True
-    mask_time_prob: float = 0.05
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
-    mask_feature_prob: float = 0.0
-    mask_feature_length: int = 10
-    mask_feature_min_masks: int = 0
     ctc_loss_reduction: str = "sum"
     ctc_zero_infinity: bool = False
     use_weighted_layer_sum: bool = False
