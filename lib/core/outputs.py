@@ -123,6 +123,38 @@ class MaskedImageModelingOutput(Output):
 
 
 @output
+class TextEmbedsOutput(Output):
+    """`text_embeds` [B, D] in the space of both towers, not normalised, and `last_hidden_state` [B, T, E]."""
+
+    text_embeds: Array
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
+class ImageEmbedsOutput(Output):
+    """`image_embeds` [B, D] in the space of both towers, not normalised, and `last_hidden_state` [B, 1 + N, E]."""
+
+    image_embeds: Array
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
+class TwoTowersOutput(Output):
+    """Similarities of I images and T texts, [I, T] and [T, I]; their vectors, of length 1; what the towers return."""
+
+    logits_per_image: Array
+    logits_per_text: Array
+    text_embeds: Array
+    image_embeds: Array
+    text_model_output: BaseModelOutput
+    vision_model_output: BaseModelOutput
+
+
+@output
 class Seq2SeqOutput(Output):
     """An encoder-decoder's `last_hidden_state` [B, T, H] of the decoder, and the encoder's [B, S, H]."""
 

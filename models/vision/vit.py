@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, check_multiple, config
@@ -22,10 +21,11 @@ from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
 from formax.layers import heads, mlp, norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
-from formax.layers.conv import embed_patches, patch_spec
+from formax.layers.conv import patch_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.resize import Size, check_pixels, grid_of, pair, stretch_positions
+from formax.layers.patches import embed_image
+from formax.layers.resize import Size, grid_of, pair
 
 
 @config
@@ -119,30 +119,6 @@ def model_spec(c: ViTConfig) -> dict[str, Spec]:
     return {**encoder_spec(c), "pooler": optional(dense)}
 
 
-def class_token_first(p: Any, x: jax.Array) -> jax.Array:
-    """[B, N, E] -> [B, 1 + N, E]."""
-    token = jnp.broadcast_to(p["embedding"].astype(x.dtype), (len(x), 1, x.shape[-1]))
-    return jnp.concatenate([token, x], axis=1)
-
-
-def embeddings(p: Any, c: ViTConfig, pixels: Any, hidden: Any, stretch: bool, key: Any) -> jax.Array:
-    """Class token and patches (the `hidden` ones replaced) with their positions: [B, C, height, width] -> [B, T, E]."""
-    grid = check_pixels(pixels, c, stretch)
-    if hidden is not None and "mask" not in p:
-        raise ValueError("bool_masked_pos needs a model for masked image modelling: this one has no token for masks")
-    if hidden is not None and hidden.shape != (len(pixels), grid[0] * grid[1]):
-        raise ValueError(
-            f"bool_masked_pos must be {(len(pixels), grid[0] * grid[1])} [batch, patches], got {hidden.shape}"
-        )
-    with tap.scope("embed"):
-        x = embed_patches(p["patch"], pixels.astype(p["patch"]["kernel"].dtype), pair(c.patch_size))
-        if hidden is not None:
-            x = jnp.where(hidden[..., None] != 0, p["mask"]["embedding"].astype(x.dtype), x)
-        own = grid_of(c.image_size, c.patch_size)
-        x = class_token_first(p["cls"], x) + stretch_positions(p["position"]["embedding"], own, grid).astype(x.dtype)
-        return tap.tap("out", dropout(x, c.hidden_dropout_prob, key))
-
-
 def encode(
     p: Any,
     c: ViTConfig,
@@ -153,7 +129,9 @@ def encode(
 ) -> jax.Array:
     """States of the class token and of the patches, row by row: [B, C, height, width] -> [B, 1 + N, E]."""
     k_embed, k_layers = split(key, 2)
-    x = embeddings(p["embed"], c, pixel_values, bool_masked_pos, interpolate_pos_encoding, k_embed)
+    with tap.scope("embed"):
+        x = embed_image(p["embed"], c, pixel_values, stretch=interpolate_pos_encoding, hidden=bool_masked_pos)
+        x = tap.tap("out", dropout(x, c.hidden_dropout_prob, k_embed))
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, x, key), cache
