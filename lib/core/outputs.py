@@ -198,6 +198,48 @@ class Seq2SeqQuestionAnsweringOutput(Output):
 
 
 @output
+class DetectionModelOutput(Output):
+    """States of the queries [B, Q, E] and of the map's places [B, S, E]; of all layers [L, B, Q, E] if auxiliary."""
+
+    last_hidden_state: Array
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+    intermediate_hidden_states: Array | None = None
+
+
+@output
+class FoundOutput(Output):
+    """Classes and boxes that one layer's states give; see `DetectionOutput`."""
+
+    logits: Array
+    pred_boxes: Array
+
+
+@output
+class DetectionOutput(Output):
+    """`logits` [B, Q, labels + 1] (the last: no object), `pred_boxes` [B, Q, 4]: centre, width, height in 0 to 1.
+
+    `pred_masks` [B, Q, H / 4, W / 4] of a segmentation; `auxiliary_outputs` of all decoder layers but the last.
+    """
+
+    logits: Array
+    pred_boxes: Array
+    pred_masks: Array | None = None
+    auxiliary_outputs: tuple[FoundOutput, ...] | None = None
+    last_hidden_state: Array | None = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+
+
+@output
 class BackboneOutput(Output):
     """`feature_maps`, one [B, C, height, width] for each stage that was asked for."""
 
