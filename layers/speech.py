@@ -8,6 +8,7 @@ data2vec and the conformers keep these parts, and their names in checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,6 +21,7 @@ from formax.core.spec import At, Ignored, Param, Spec, constant, normal, stack_o
 from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.conv import conv, conv_spec
+from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
 from formax.layers.spec_augment import SpecAugmentConfig, drawn_spans
 
@@ -227,6 +229,36 @@ def hide(p: Any, c: SpeechConfig, x: jax.Array, given: Any, real: Any, key: Any)
             raise ValueError("masked frames have a vector only where mask_time_prob or mask_feature_prob is above 0")
         x = jnp.where(given[..., None] != 0, p["masked"].astype(x.dtype), x)
     return x if zeroed is None else jnp.where(zeroed[:, None], 0, x)
+
+
+# ---- all that comes before the layers
+
+
+def embed_waveform(
+    p: Any, c: SpeechConfig, samples: Any, attention_mask: Any, hidden: Any, keys: Sequence[Any]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Waveforms [B, samples] -> (frames as vectors [B, T, E], their features [B, T, C], which are real [B, T]).
+
+    Args:
+        p: `conv`, `features_norm`, `project`, `position`, and where they are wanted `masked` and a last `norm`.
+        c: the configuration.
+        samples: the waveforms.
+        attention_mask: [B, samples], 0 where there is padding; or None, and then it is not known which are real.
+        hidden: [B, T], which frames to hide; or None.
+        keys: three random keys, or three None: of the features' dropout, of what is hidden, of the last dropout.
+    """
+    check_samples(c, samples)
+    real = None if attention_mask is None else real_frames(c, attention_mask, frame_lengths(c, samples.shape[1]))
+    with tap.scope("embed"):
+        found = norm.layer(p["features_norm"], tap.tap("features", features(p["conv"], c, samples)), c.layer_norm_eps)
+        x = dropout(linear(p["project"], found), c.feat_proj_dropout, keys[0])
+        x = hide(p, c, x, hidden, real, keys[1])
+        if real is not None:
+            x = jnp.where(real[..., None], x, 0)
+        x = x + tap.tap("position", positions(p["position"], c, x))
+        if "norm" in p:
+            x = norm.layer(p["norm"], x, c.layer_norm_eps)
+        return tap.tap("out", dropout(x, c.hidden_dropout, keys[2])), found, real
 
 
 # ---- states of all layers, and states made fewer

@@ -80,6 +80,17 @@ class LogitsOutput(Output):
 
 
 @output
+class DoubleHeadsOutput(Output):
+    """`logits` [B, choices, T, V] of the next word and `mc_logits` [B, choices] of the best continuation."""
+
+    logits: Array
+    mc_logits: Array
+    cache: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
 class PreTrainingOutput(Output):
     """BERT's two objectives: `prediction_logits` [B, T, V] and `seq_relationship_logits` [B, 2]."""
 
