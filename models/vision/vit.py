@@ -14,11 +14,11 @@ import jax
 from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.layout import Patch, Reshape
+from formax.core.layout import Reshape
 from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
-from formax.layers import heads, mlp, norm
+from formax.layers import heads, image_heads, mlp, norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
 from formax.layers.conv import patch_spec
@@ -147,23 +147,12 @@ def model(p: Any, c: ViTConfig, pixel_values: Any = None, **inputs: Any) -> Base
     return BaseModelOutput(last_hidden_state=x, pooler_output=tap.tap("pooler", pooled))
 
 
-def classifier(c: Any) -> dict[str, Spec]:
-    """A linear map to the labels; none when there are none."""
-    return heads.linear_head("classifier")(c) if c.num_labels else {}
-
-
 def image_classification(
     p: Any, c: ViTConfig, pixel_values: Any = None, interpolate_pos_encoding: bool = False, key: Any = None
 ) -> LogitsOutput:
     """A label for every image, from the class token: logits [B, labels] (without labels, its state [B, E])."""
     x = encode(p, c, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, key=key)[:, 0]
     return LogitsOutput(logits=linear(p["head"], x) if "head" in p else x)
-
-
-def pixel_decoder(c: ViTConfig) -> dict[str, Spec]:
-    """A linear map from a patch's state to its pixels, stored as the convolution of 1 x 1 that it is."""
-    size, init = c.encoder_stride**2 * c.num_channels, normal(c.initializer_range)
-    return {"head": linear_spec("decoder.0", c.hidden_size, size, ("embed", None), init=init, layout=Patch((1, 1)))}
 
 
 def masked_image_modeling(
@@ -174,13 +163,11 @@ def masked_image_modeling(
     Raises:
         ValueError: patches are masked, and what is made of them would not have the size of the image.
     """
-    s = c.encoder_stride
-    if bool_masked_pos is not None and pair(c.patch_size) != (s, s):
-        raise ValueError(f"bool_masked_pos needs patches of the encoder_stride={s}, patch_size is {c.patch_size}")
-    x = linear(p["head"], encode(p, c, pixel_values, bool_masked_pos, **inputs)[:, 1:])
-    rows, columns = grid_of(pixel_values.shape[2:], c.patch_size)
-    x = x.reshape(len(x), rows, columns, c.num_channels, s, s).transpose(0, 3, 1, 4, 2, 5)
-    return MaskedImageModelingOutput(reconstruction=x.reshape(len(x), c.num_channels, rows * s, columns * s))
+    if bool_masked_pos is not None:
+        image_heads.check_stride(c)
+    x = encode(p, c, pixel_values, bool_masked_pos, **inputs)[:, 1:]
+    grid = grid_of(pixel_values.shape[2:], c.patch_size)
+    return MaskedImageModelingOutput(reconstruction=image_heads.pixels(p, c, x, grid))
 
 
 _PORTED = ("ViTModel", "ViTForImageClassification")
@@ -196,14 +183,14 @@ FAMILY = Family(
         Architecture(
             "ViTForImageClassification",
             "ForImageClassification",
-            heads.with_heads("vit", encoder_spec, classifier),
+            heads.with_heads("vit", encoder_spec, image_heads.labels_spec),
             image_classification,
             inputs=image_classification,
         ),
         Architecture(
             "ViTForMaskedImageModeling",
             "ForMaskedImageModeling",
-            heads.with_heads("vit", partial(encoder_spec, masked=True), pixel_decoder),
+            heads.with_heads("vit", partial(encoder_spec, masked=True), image_heads.pixels_spec),
             masked_image_modeling,
         ),
     ),
