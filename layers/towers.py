@@ -164,12 +164,12 @@ def both(
 
     def model(*args: Any, **named: Any) -> TwoTowersOutput:
         given = takes.bind(*args, **named).arguments
-        p, c = given[params.name], given[config.name]
+        p, c, keys = given[params.name], given[config.name], split(given.get(key.name), 2)
         out, vectors = {}, {}
-        for name, tower, key in zip(inputs, (text, vision), split(given.get("key"), 2), strict=True):
+        for name, tower, k_tower in zip(inputs, (text, vision), keys, strict=True):
             own = {one.name: given[one.name] for one in inputs[name] if one.name in given}
             with tap.scope(name):
-                out[name] = tower(p[name], getattr(c, f"{name}_config"), **own, key=key)
+                out[name] = tower(p[name], getattr(c, f"{name}_config"), **own, key=k_tower)
                 vectors[name] = unit(embedded(p[name], out[name]))
         scores = logits(p, vectors["text"], vectors["vision"])
         return TwoTowersOutput(
