@@ -5,8 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from formax.core.rng import fold_path
-
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zeroes each element with probability `rate`, scales the rest by 1 / (1 - rate); `x` itself when `key` is None."""
@@ -25,4 +23,4 @@ def layer_drop(before: jax.Array, x: jax.Array, rate: float, key: jax.Array | No
     """
     if key is None or rate == 0.0:
         return x
-    return jnp.where(jax.random.bernoulli(fold_path(key, "layerdrop"), rate), before, x)
+    return jnp.where(jax.random.bernoulli(key, rate), before, x)

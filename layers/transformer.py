@@ -123,7 +123,8 @@ def block(
     if "cross" in p and (memory is not None or cross is not None):
         y, cross = around(p["cross_norm"], y, other, c.dropout, keys[4])
     y, _ = around(p["mlp_norm"], y, think, c.dropout, keys[5])
-    return layer_drop(x, y, getattr(c, f"{part}_layerdrop"), key), {"attn": attn, "cross": cross}
+    k_drop = None if key is None else jax.random.fold_in(key, 6)
+    return layer_drop(x, y, getattr(c, f"{part}_layerdrop"), k_drop), {"attn": attn, "cross": cross}
 
 
 def last_norm(p: Any, x: jax.Array) -> jax.Array:

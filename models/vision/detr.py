@@ -15,7 +15,7 @@ from formax.core import tap
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family
 from formax.core.outputs import DetectionModelOutput, DetectionOutput
-from formax.core.rng import split
+from formax.core.rng import fold_path, split
 from formax.core.spec import At, Spec, fold, normal, stack_of, under
 from formax.layers import detection, embed, mlp, norm, transformer
 from formax.layers.attention import from_attention_mask
@@ -99,7 +99,8 @@ def layers(
         x = add("mlp_norm", h, keys[5])
         if "cross" in q and c.auxiliary_loss:
             x = norm.layer(p["norm"], x, EPS)
-        x = layer_drop(before, x, getattr(c, f"{part}_layerdrop"), key)
+        k_drop = None if key is None else fold_path(key, "layerdrop")
+        x = layer_drop(before, x, getattr(c, f"{part}_layerdrop"), k_drop)
         return x, x
 
     with tap.scope(part):
