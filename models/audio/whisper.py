@@ -209,6 +209,8 @@ def classifier_spec(c: WhisperConfig) -> dict[str, Spec]:
 
 
 _words = heads.lm_head("proj_out", flax="lm_head")
+words_spec = heads.with_heads("model", model_spec, _words)
+conditional_generation = seq2seq_heads.conditional_generation(run_both)
 _seq2seq = partial(Architecture, methods={"encode": encode})
 
 FAMILY = Family(
@@ -223,8 +225,8 @@ FAMILY = Family(
         _seq2seq(
             "WhisperForConditionalGeneration",
             "ForSpeechSeq2Seq",
-            heads.with_heads("model", model_spec, _words),
-            seq2seq_heads.conditional_generation(run_both),
+            words_spec,
+            conditional_generation,
             also=("ForPreTraining",),
         ),
         Architecture(

@@ -138,6 +138,11 @@ def text_model(
     return BaseModelOutput(last_hidden_state=x, pooler_output=tap.tap("pooler", x[jnp.arange(len(x)), end]))
 
 
+def text_projection_spec(c: CLIPTextConfig) -> dict[str, Spec]:
+    """The text tower with its projection, which checkpoints of the tower alone lack."""
+    return {**text_spec(c), "head": optional(projection("text_projection", c, c.projection_dim))}
+
+
 text_projection = towers.projected(text_model, TextEmbedsOutput, "text_embeds")
 
 # --- the vision tower
@@ -180,6 +185,11 @@ def vision_model(
     return BaseModelOutput(last_hidden_state=x, pooler_output=pooled)
 
 
+def vision_projection_spec(c: CLIPVisionConfig) -> dict[str, Spec]:
+    """The vision tower with its projection, which checkpoints of the tower alone lack."""
+    return {**vision_spec(c), "head": optional(projection("visual_projection", c, c.projection_dim))}
+
+
 vision_projection = towers.projected(vision_model, ImageEmbedsOutput, "image_embeds")
 
 # --- both
@@ -196,6 +206,7 @@ def model_spec(c: CLIPConfig) -> dict[str, Spec]:
 
 
 model = towers.both(text_model, vision_model)
+text_features, image_features = towers.features(text_model, "text"), towers.features(vision_model, "vision")
 
 
 def classifier_spec(c: CLIPConfig) -> dict[str, Spec]:
@@ -219,12 +230,7 @@ TEXT = Family(
     inputs=text_model,
     architectures=(
         Architecture("CLIPTextModel", "", text_spec, text_model, also=("ForTextEncoding",)),
-        Architecture(
-            "CLIPTextModelWithProjection",
-            "WithProjection",
-            lambda c: {**text_spec(c), "head": optional(projection("text_projection", c, c.projection_dim))},
-            text_projection,
-        ),
+        Architecture("CLIPTextModelWithProjection", "WithProjection", text_projection_spec, text_projection),
     ),
     flax=Port(("CLIPTextModel", "CLIPTextModelWithProjection")),
     tf=Port(("CLIPTextModel",), base="clip"),
@@ -236,12 +242,7 @@ VISION = Family(
     inputs=see,
     architectures=(
         Architecture("CLIPVisionModel", "", vision_spec, vision_model),
-        Architecture(
-            "CLIPVisionModelWithProjection",
-            "WithProjection",
-            lambda c: {**vision_spec(c), "head": optional(projection("visual_projection", c, c.projection_dim))},
-            vision_projection,
-        ),
+        Architecture("CLIPVisionModelWithProjection", "WithProjection", vision_projection_spec, vision_projection),
     ),
     flax=Port(("CLIPVisionModel",)),
     tf=Port(("CLIPVisionModel",), base="clip"),
@@ -259,10 +260,7 @@ FAMILY = Family(
             model_spec,
             model,
             also=("ForZeroShotImageClassification",),
-            methods={
-                "get_text_features": towers.features(text_model, "text"),
-                "get_image_features": towers.features(vision_model, "vision"),
-            },
+            methods={"get_text_features": text_features, "get_image_features": image_features},
             collected=towers.TRACES,
         ),
         Architecture(

@@ -79,6 +79,9 @@ encode = transformer.text_encoder(embeddings, post_norm)
 decode = transformer.text_decoder(embeddings, post_norm)
 run_both = seq2seq.both(encode, decode, shifted=seq2seq.after_start)  # a decoder without inputs reads the text, too
 
+words_spec = heads.with_heads("model", model_spec, heads.lm_head(), seq2seq_heads.bias_spec)
+conditional_generation = seq2seq_heads.conditional_generation(run_both, seq2seq_heads.biased_words)
+
 _methods = {"encode": encode}
 _BOTH = ("ForConditionalGeneration", "ForSequenceClassification")
 
@@ -93,8 +96,8 @@ FAMILY = Family(
         Architecture(
             "BartForConditionalGeneration",
             "ForSeq2SeqLM",
-            heads.with_heads("model", model_spec, heads.lm_head(), seq2seq_heads.bias_spec),
-            seq2seq_heads.conditional_generation(run_both, seq2seq_heads.biased_words),
+            words_spec,
+            conditional_generation,
             also=("ForMaskedLM", "ForPreTraining"),
             methods=_methods,
         ),

@@ -230,6 +230,11 @@ def _words(p: Any, c: T5Config, x: jax.Array) -> jax.Array:
     return heads.lm_logits(p, x * c.d_model**-0.5 if c.tie_word_embeddings else x)
 
 
+conditional_generation = seq2seq_heads.conditional_generation(run_both, _words)
+sequence_classification = seq2seq_heads.sequence_classification(_decoded)
+question_answering = seq2seq_heads.question_answering(_decoded)
+
+
 def token_classification(p: Any, c: T5Config, input_ids: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
     """A label for every token, from the encoder's states: [B, S, labels]."""
     x = encode(p, c, input_ids, key=key, **inputs).last_hidden_state
@@ -244,6 +249,15 @@ def _labels(c: T5Config) -> dict[str, Spec]:
 def _linear(name: str, c: T5Config, *, std: float) -> dict[str, Spec]:
     init = normal(c.initializer_factor * std)
     return {"head": optional(linear_spec(name, c.d_model, c.num_labels, ("embed", None), init=init))}
+
+
+def spans_spec(c: T5Config) -> dict[str, Spec]:
+    """The whole model with a head for spans."""
+    return {**model_spec(c), **_linear("qa_outputs", c, std=c.d_model**-0.5)}
+
+
+texts_spec = heads.with_heads("transformer", model_spec, _labels)
+tokens_spec = heads.with_heads("transformer", encoder_spec, partial(_linear, "classifier", std=1.0))
 
 
 def init_cache(c: T5Config, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
@@ -266,32 +280,14 @@ FAMILY = Family(
     architectures=(
         _seq2seq("T5Model", "", model_spec, run_both),
         _seq2seq(
-            "T5ForConditionalGeneration",
-            "ForSeq2SeqLM",
-            words_spec,
-            seq2seq_heads.conditional_generation(run_both, _words),
-            also=("ForPreTraining",),
+            "T5ForConditionalGeneration", "ForSeq2SeqLM", words_spec, conditional_generation, also=("ForPreTraining",)
         ),
         Architecture("T5EncoderModel", "ForTextEncoding", encoder_spec, encode, inputs=encode),
-        _seq2seq(
-            "T5ForSequenceClassification",
-            "ForSequenceClassification",
-            heads.with_heads("transformer", model_spec, _labels),
-            seq2seq_heads.sequence_classification(_decoded),
-        ),
+        _seq2seq("T5ForSequenceClassification", "ForSequenceClassification", texts_spec, sequence_classification),
         Architecture(
-            "T5ForTokenClassification",
-            "ForTokenClassification",
-            heads.with_heads("transformer", encoder_spec, partial(_linear, "classifier", std=1.0)),
-            token_classification,
-            inputs=encode,
+            "T5ForTokenClassification", "ForTokenClassification", tokens_spec, token_classification, inputs=encode
         ),
-        _seq2seq(
-            "T5ForQuestionAnswering",
-            "ForQuestionAnswering",
-            lambda c: {**model_spec(c), **_linear("qa_outputs", c, std=c.d_model**-0.5)},
-            seq2seq_heads.question_answering(_decoded),
-        ),
+        _seq2seq("T5ForQuestionAnswering", "ForQuestionAnswering", spans_spec, question_answering),
     ),
     flax=Port(_PORTED),
     tf=Port(_PORTED, base="", repeats={"encoder": "shared/", "decoder": "shared/"}),
