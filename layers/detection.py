@@ -15,7 +15,8 @@ import jax
 from formax.core import tap
 from formax.core.config import Config, config
 from formax.core.outputs import DetectionModelOutput, DetectionOutput, FoundOutput
-from formax.core.spec import At, Spec, normal
+from formax.core.spec import Spec, normal
+from formax.layers import mlp
 from formax.layers.attention import attention
 from formax.layers.attention.api import merge_heads, split_heads
 from formax.layers.linear import linear, linear_spec
@@ -47,19 +48,15 @@ def attend(p: Any, x: Any, place: Any, memory: Any, memory_place: Any, heads: in
 def heads_spec(c: Any, classes: int) -> dict[str, Spec]:
     """A linear head for so many `classes`, and three layers for boxes."""
     init, size = normal(c.init_std), c.d_model
-    widths = enumerate((size, size, 4))
-    box = tuple(linear_spec(f"layers.{i}", size, width, ("embed", None), init=init) for i, width in widths)
+    box = mlp.perceptron_spec("bbox_predictor", (size, size, size, 4), init=init)
     scores = linear_spec("class_labels_classifier", size, classes, ("embed", None), init=init)
-    return {"head": {"classes": scores, "box": At("bbox_predictor", box)}}
+    return {"head": {"classes": scores, "box": box}}
 
 
 def find(p: Any, x: jax.Array) -> FoundOutput:
     """Classes and boxes of states [..., E]: [..., classes] and [..., 4]."""
-    *inner, last = p["box"]
-    h = x
-    for layer in inner:
-        h = jax.nn.relu(linear(layer, h))
-    return FoundOutput(logits=linear(p["classes"], x), pred_boxes=jax.nn.sigmoid(linear(last, h)))
+    boxes = jax.nn.sigmoid(mlp.perceptron(p["box"], x))
+    return FoundOutput(logits=linear(p["classes"], x), pred_boxes=boxes)
 
 
 def found(p: Any, out: DetectionModelOutput, masks: jax.Array | None = None) -> DetectionOutput:

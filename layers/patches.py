@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,22 +12,25 @@ from formax.layers.conv import embed_patches
 from formax.layers.resize import check_pixels, grid_of, pair, stretch_positions
 
 
-def class_token_first(p: Any, x: jax.Array) -> jax.Array:
-    """[B, N, E] -> [B, 1 + N, E]."""
-    token = jnp.broadcast_to(p["embedding"].astype(x.dtype), (len(x), 1, x.shape[-1]))
-    return jnp.concatenate([token, x], axis=1)
+def tokens_first(tokens: Sequence[Any], x: jax.Array) -> jax.Array:
+    """So many vectors before the patches of every image: [B, N, E] -> [B, tokens + N, E]."""
+    shape = (len(x), 1, x.shape[-1])
+    return jnp.concatenate([*(jnp.broadcast_to(p["embedding"].astype(x.dtype), shape) for p in tokens), x], axis=1)
 
 
-def embed_image(p: Any, c: Any, pixels: Any, *, stretch: bool, hidden: Any = None) -> jax.Array:
-    """The class token and the patches, row by row, with their positions: [B, C, height, width] -> [B, 1 + N, E].
+def embed_image(
+    p: Any, c: Any, pixels: Any, *, stretch: bool, hidden: Any = None, first: tuple[str, ...] = ("cls",)
+) -> jax.Array:
+    """Tokens and patches, row by row, with their positions: [B, C, height, width] -> [B, tokens + N, E].
 
     Args:
-        p: `patch` (of `conv.patch_spec`), the table `position` of 1 + N rows, the vector `cls`, and in models that hide
-            patches the vector `mask`.
+        p: `patch` (of `conv.patch_spec`), the table `position` of tokens + N rows, the tokens' vectors, and in models
+            that hide patches the vector `mask`.
         c: a configuration with `num_channels`, `image_size` and `patch_size`.
         pixels: the images.
         stretch: whether the positions are to be stretched to images of another size.
         hidden: [B, N], not 0 where a patch is replaced by the mask.
+        first: names of the tokens before the patches.
 
     Raises:
         ValueError: images that do not fit, or patches hidden of another shape or in a model without a mask.
@@ -41,5 +45,6 @@ def embed_image(p: Any, c: Any, pixels: Any, *, stretch: bool, hidden: Any = Non
     x = embed_patches(p["patch"], pixels.astype(p["patch"]["kernel"].dtype), pair(c.patch_size))
     if hidden is not None:
         x = jnp.where(hidden[..., None] != 0, p["mask"]["embedding"].astype(x.dtype), x)
-    table = stretch_positions(p["position"]["embedding"], grid_of(c.image_size, c.patch_size), grid)
-    return class_token_first(p["cls"], x) + table.astype(x.dtype)
+    own = grid_of(c.image_size, c.patch_size)
+    table = stretch_positions(p["position"]["embedding"], own, grid, first=len(first))
+    return tokens_first([p[name] for name in first], x) + table.astype(x.dtype)

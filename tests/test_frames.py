@@ -278,6 +278,12 @@ def test_an_image_is_a_row_of_vectors() -> None:
     np.testing.assert_allclose(y[:, 0], jnp.broadcast_to(draw(5) + positions[0], (3, 5)), rtol=1e-5)
     last = x[:, :, 2:, 4:].transpose(0, 2, 3, 1).reshape(3, -1) @ p["patch"]["kernel"] + p["patch"]["bias"]
     np.testing.assert_allclose(y[:, 6], last + positions[6], rtol=1e-4, atol=1e-5)
+    two = {**p, "other": {"embedding": 2 * draw(5)}, "position": {"embedding": jnp.pad(positions, ((1, 0), (0, 0)))}}
+    z = patches.embed_image(two, Pixels(), x, stretch=False, first=("other", "cls"))
+    np.testing.assert_allclose(z[:, 0], jnp.broadcast_to(2 * draw(5), (3, 5)), rtol=1e-5)
+    np.testing.assert_array_equal(z[:, 1:], y)
+    two["position"] = {"embedding": positions[1:]}
+    np.testing.assert_array_equal(patches.embed_image(two, Pixels(), x, stretch=False, first=()), y[:, 1:])
     with pytest.raises(ValueError, match="this one has no token for masks"):
         patches.embed_image(p, Pixels(), x, stretch=False, hidden=jnp.ones((3, 6)))
     masked = p | {"mask": {"embedding": jnp.full(5, 9.0)}}
