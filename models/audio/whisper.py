@@ -269,6 +269,7 @@ def classifier_spec(c: WhisperConfig) -> dict[str, Spec]:
 
 _words = heads.lm_head("proj_out", flax="lm_head")
 _seq2seq = partial(Architecture, methods={"encode": encode})
+_POSITIONS = ("position_ids", "decoder_position_ids")
 
 FAMILY = Family(
     "whisper",
@@ -304,6 +305,7 @@ FAMILY = Family(
     flax=Port(
         ("WhisperModel", "WhisperForConditionalGeneration", "WhisperForAudioClassification"),
         lacks=lambda c: {"use_weighted_layer_sum": c.use_weighted_layer_sum},  # its weights are constants there
+        inputs=("input_features", "decoder_input_ids", "attention_mask", "decoder_attention_mask", *_POSITIONS),
     ),
     tf=Port(("WhisperModel", "WhisperForConditionalGeneration"), numbered="."),
 )

@@ -286,6 +286,7 @@ def _labels(c: BartConfig) -> dict[str, Spec]:
 _whole, _seq2seq = partial(heads.with_heads, "model", model_spec), partial(Architecture, methods={"encode": encode})
 
 _BOTH = ("ForConditionalGeneration", "ForSequenceClassification")
+_IDS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
 FAMILY = Family(
     "bart",
@@ -324,6 +325,7 @@ FAMILY = Family(
     ),
     flax=Port(
         tuple(f"Bart{head}" for head in ("Model", *_BOTH, "ForQuestionAnswering", "ForCausalLM")),
+        inputs=(*_IDS, "position_ids", "decoder_position_ids", "encoder_hidden_states", "encoder_attention_mask"),
     ),
     tf=Port(tuple(f"Bart{head}" for head in ("Model", *_BOTH)), numbered="."),
 )

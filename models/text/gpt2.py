@@ -254,6 +254,9 @@ FAMILY = Family(
         *heads.decoder_heads("GPT2", "transformer", model_spec, decode, lm="LMHeadModel", token="classifier"),
         Architecture("GPT2DoubleHeadsModel", "ForDoubleHeads", double_spec, double_heads, inputs=double_heads),
     ),
-    flax=Port(("GPT2Model", "GPT2LMHeadModel")),
+    flax=Port(
+        ("GPT2Model", "GPT2LMHeadModel"),
+        inputs=("input_ids", "attention_mask", "position_ids", "encoder_hidden_states", "encoder_attention_mask"),
+    ),
     tf=Port(("GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification")),
 )
