@@ -373,6 +373,15 @@ class FlaxPreTrainedModel:
     # --- files
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "FlaxAutoModel") -> None:
+        """Not done here: no code is put into checkpoints, nor run out of them.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("formax puts no code into checkpoints; formax.register makes a family known")
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,

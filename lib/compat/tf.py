@@ -152,6 +152,15 @@ class TFPreTrainedModel:
         return getattr(self.model, name)
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "TFAutoModel") -> None:
+        """Not done here: no code is put into checkpoints, nor run out of them.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("formax puts no code into checkpoints; formax.register makes a family known")
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
