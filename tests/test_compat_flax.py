@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import migration_tables
 import numpy as np
 import optax
 import pytest
@@ -16,7 +17,7 @@ from oracle.compare import error, visible
 from oracle.frameworks import CASES, Case, model_from, path_of
 
 import formax
-from formax.compat import flax, names
+from formax.compat import flax, names, tf
 from formax.compat.spelling import flat, nested, spelling
 from formax.core import registry
 from formax.core import spec as specs
@@ -128,6 +129,29 @@ def test_names() -> None:
         flax.FlaxBertForMaskedLN  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'BertModel'"):
         flax.BertModel  # noqa: B018
+
+
+@pytest.mark.parametrize(("framework", "module"), [("flax", flax), ("tf", tf)])
+def test_names_are_the_references(framework: str, module: Any) -> None:
+    """Every class that transformers had of a family is here, and families claim no other."""
+    known = {model_type.replace("-", "_") for model_type in registry.model_types()}
+    recorded = migration_tables.RECORD[framework]
+    for model_type, found in recorded.items():
+        for name in found if model_type in known | {"auto"} else ():
+            assert getattr(module, name).__name__ == name
+    had = {name for found in recorded.values() for name in found}
+    for family in names.families():
+        port = getattr(family, framework)
+        for architecture in family.architectures:
+            prefix = {"flax": "Flax", "tf": "TF"}[framework]
+            there = had & {*migration_tables.class_names(family, architecture, prefix)}
+            assert bool(there) == (port is not None and port.has(architecture)), architecture.name
+
+
+@pytest.mark.parametrize("page", migration_tables.PAGES)
+def test_the_pages_list_what_there_is(page: str) -> None:
+    found = (migration_tables.DOCS / page).read_text(encoding="utf-8")
+    assert found == migration_tables.written(page), "run python tests/migration_tables.py"
 
 
 def test_a_registered_family_has_classes(monkeypatch: pytest.MonkeyPatch) -> None:
