@@ -17,7 +17,7 @@ from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import LoadReport, load_params
 from formax.core import frameworks, registry
 from formax.core import spec as specs
-from formax.core.config import Config, ConfigError
+from formax.core.config import INERT, Config, ConfigError
 from formax.core.family import Architecture, Family
 from formax.core.spec import Spec
 from formax.model import Model
@@ -55,7 +55,10 @@ def read_config(folder: Path, **overrides: Any) -> Config:
 
 
 def as_config(values: Mapping[str, Any], source: str, overrides: Mapping[str, Any]) -> Config:
-    """The configuration made of a JSON object, in which any key may stand, and of overrides, which must be fields."""
+    """The configuration made of a JSON object, in which any key may stand, and of overrides.
+
+    These must be fields, or keys of the reference that change nothing here, such as `finetuning_task`.
+    """
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f'{source} has no model_type; it must say which family this is, e.g. "bert"')
@@ -67,7 +70,7 @@ def as_config(values: Mapping[str, Any], source: str, overrides: Mapping[str, An
         raise registry.UnknownModelTypeError(f"{source}: {error}{hint}") from None
     fields = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels", "torch_dtype", "rope_theta", "rope_scaling")
     for name in overrides:
-        if name not in values and name not in fields:
+        if name not in values and name not in fields and name not in INERT:
             near = difflib.get_close_matches(name, fields, n=3)
             hint = f"; the nearest are {', '.join(near)}" if near else ""
             raise ConfigError(f"{cls.__name__} has no field {name!r}{hint}")

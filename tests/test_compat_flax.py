@@ -219,6 +219,8 @@ def test_outputs_by_name_by_place_and_as_a_tuple() -> None:
     assert out[0] is out.last_hidden_state is out["last_hidden_state"]
     assert out.past_key_values is None
     assert len(out.hidden_states) == 3
+    compiled = jax.jit(lambda params: model(ids, params=params))(model.params)
+    assert compiled.keys() == ["last_hidden_state", "pooler_output"]
     plain = model(ids, return_dict=False)
     assert type(plain) is tuple
     np.testing.assert_allclose(plain[1], out[1], atol=1e-6)
@@ -284,6 +286,8 @@ def test_opening_with_parameters_outside_and_a_new_head(tmp_path: Path) -> None:
         model.params["bert"]["embeddings"]["word_embeddings"]["embedding"],
     )
     assert found(ids_of(config), params=params).logits.dtype == jnp.bfloat16
+    config = formax.AutoConfig.from_pretrained(tmp_path, num_labels=3, finetuning_task="mnli")  # as the examples do
+    assert (config.num_labels, config.finetuning_task) == (3, "mnli")
     given = flax.FlaxBertForMaskedLM.from_pretrained(tmp_path, config=str(tmp_path))
     np.testing.assert_array_equal(given(ids_of(config))[0], model(ids_of(config))[0])
     with pytest.raises(TypeError, match=r"FlaxBertModel needs a BertConfig.*not a GPT2Config"):
