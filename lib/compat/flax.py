@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from formax.compat import files, names, outputs
+from formax.compat.auto import Auto
 from formax.compat.spelling import Spelling, flat, nested, spelling
 from formax.conversion.load import floating
-from formax.core import registry
 from formax.core import spec as specs
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
 from formax.layers.seq2seq import states_of
-from formax.loading import choose, load
+from formax.loading import load
 from formax.model import Model
 
 # Inputs that Flax's classes did not take, which come by name only.
@@ -559,7 +559,9 @@ def _cast(params: Mapping[str, Any], dtype: Any, mask: Any) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _class(family: Family, architecture: Architecture, name: str) -> type[FlaxPreTrainedModel]:
+def _class(family: Family, architecture: Architecture) -> type[FlaxPreTrainedModel]:
+    """The class of an architecture, one whatever it is called by."""
+    name = f"Flax{architecture.name}"
     own = family.base if architecture.base is None else architecture.base
     fields = {
         "family": family,
@@ -573,32 +575,10 @@ def _class(family: Family, architecture: Architecture, name: str) -> type[FlaxPr
     return type(name, (FlaxPreTrainedModel,), fields)
 
 
-class FlaxAuto:
-    """An Auto class: the head by its task, the family by config.json."""
-
-    task: ClassVar[str]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **options: Any) -> Any:
-        """Opens a checkpoint; as `FlaxPreTrainedModel.from_pretrained`."""
-        config = files.config_of(pretrained_model_name_or_path, options)
-        return cls._of(config)[0].from_pretrained(pretrained_model_name_or_path, *args, **options)
-
-    @classmethod
-    def from_config(cls, config: Config, **options: Any) -> FlaxPreTrainedModel:
-        """A model with initial parameters; options as those of `FlaxPreTrainedModel`."""
-        kind, config = cls._of(config)
-        return kind(config, **options)
-
-    @classmethod
-    def _of(cls, config: Config) -> tuple[type[FlaxPreTrainedModel], Config]:
-        found, family, config = choose(registry.family(config.model_type), config, cls.task)
-        return _class(family, found, f"Flax{found.name}"), config
-
-
 @lru_cache(maxsize=256)
-def _auto(name: str, task: str) -> type[FlaxAuto]:
-    return type(name, (FlaxAuto,), {"task": task, "__module__": __name__, "__doc__": FlaxAuto.__doc__})
+def _auto(name: str, task: str) -> type[Auto]:
+    fields = {"make": staticmethod(_class), "task": task, "__module__": __name__}
+    return type(name, (Auto,), {**fields, "__doc__": Auto.__doc__})
 
 
 def __getattr__(name: str) -> Any:

@@ -69,7 +69,7 @@ def resolve(
     module: str,
     prefix: str,
     name: str,
-    make: Callable[[Family, Architecture, str], Any],
+    make: Callable[[Family, Architecture], Any],
     make_auto: Callable[[str, str], Any],
 ) -> Any:
     """The class of a name: what a module's `__getattr__` gives.
@@ -78,7 +78,7 @@ def resolve(
         module: the module's own name, for messages.
         prefix: "Flax" or "TF".
         name: what is asked for.
-        make: (family, architecture, name of the class) -> class.
+        make: (family, architecture) -> class.
         make_auto: (name of the class, task) -> Auto class.
 
     Raises:
@@ -90,7 +90,7 @@ def resolve(
     if (task := tasks().get(plain)) is not None:
         return make_auto(name, task)
     if (found := find(plain)) is not None:
-        return make(*found, name)
+        return make(*found)
     near = difflib.get_close_matches(name, class_names(prefix), n=3)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
     raise AttributeError(f"module {module!r} has no class {name!r}, for formax has no such family or head{hint}")

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from formax.compat import files, names, outputs
-from formax.core import registry
+from formax.compat.auto import Auto
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
-from formax.loading import choose, load
+from formax.loading import load
 from formax.model import Model
 
 # What Keras' models have and these do not -> what there is for it.
@@ -225,31 +225,10 @@ class TFPreTrainedModel:
         return files.save(self.model, save_directory, max_shard_size, "pytorch" if safe_serialization else "tf")
 
 
-class TFAuto:
-    """An Auto class: the head by its task, the family by config.json."""
-
-    task: ClassVar[str]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """Opens a checkpoint; as `TFPreTrainedModel.from_pretrained`."""
-        config = files.config_of(pretrained_model_name_or_path, options)
-        return cls._of(config)[0].from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def from_config(cls, config: Config, **options: Any) -> TFPreTrainedModel:
-        """A model with initial parameters; options as those of `TFPreTrainedModel`."""
-        kind, config = cls._of(config)
-        return kind(config, **options)
-
-    @classmethod
-    def _of(cls, config: Config) -> tuple[type[TFPreTrainedModel], Config]:
-        found, family, config = choose(registry.family(config.model_type), config, cls.task)
-        return _class(family, found, f"TF{found.name}"), config
-
-
 @lru_cache(maxsize=4096)
-def _class(family: Family, architecture: Architecture, name: str) -> type[TFPreTrainedModel]:
+def _class(family: Family, architecture: Architecture) -> type[TFPreTrainedModel]:
+    """The class of an architecture, one whatever it is called by."""
+    name = f"TF{architecture.name}"
     fields = {
         "family": family,
         "architecture": architecture,
@@ -261,8 +240,9 @@ def _class(family: Family, architecture: Architecture, name: str) -> type[TFPreT
 
 
 @lru_cache(maxsize=256)
-def _auto(name: str, task: str) -> type[TFAuto]:
-    return type(name, (TFAuto,), {"task": task, "__module__": __name__, "__doc__": TFAuto.__doc__})
+def _auto(name: str, task: str) -> type[Auto]:
+    fields = {"make": staticmethod(_class), "task": task, "__module__": __name__}
+    return type(name, (Auto,), {**fields, "__doc__": Auto.__doc__})
 
 
 def __getattr__(name: str) -> Any:
