@@ -6,7 +6,7 @@ respect to such a tree are such a tree. Most leaves lie the same on both sides, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,9 +18,9 @@ from formax.conversion.flax_msgpack import COLLECTIONS, full_names
 from formax.core import frameworks
 from formax.core import spec as specs
 from formax.core.config import Config
-from formax.core.family import Architecture, Family, Port
-from formax.core.layout import SAME, Part, Stacked
-from formax.core.spec import At, Entry, Param, Spec, Tree
+from formax.core.family import Architecture, Family
+from formax.core.layout import SAME, Part
+from formax.core.spec import Entry, Tree
 
 Path = tuple[str, ...]
 
@@ -100,30 +100,39 @@ def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def spelling(family: Family, architecture: Architecture, config: Config) -> Spelling:
-    """How Flax calls the parameters of an architecture.
+    """How Flax calls the parameters of an architecture, and how it keeps them.
 
-    What transformers never had in Flax is named by the same rules; a parameter that these have no name for keeps
-    PyTorch's.
+    A parameter that Flax's class has no place for keeps PyTorch's name. Families that transformers never had in Flax
+    are named in the same words, and their parameters lie as ours do.
     """
-    owner = family if family.flax is not None else replace(family, flax=Port())
-    found = frameworks.respell(_in_one(architecture.spec(config)), owner, "flax")
+    spec = architecture.spec(config)
+    if family.flax is None:
+        return _new(specs.table(spec).entries)
+    found = frameworks.respell(spec, family, "flax")
     entries = specs.table(found.spec)
-    counts = tuple(entry for entry in entries.entries if entry.name in found.uncounted)
     plain = {
         name.replace(".", "/") if name in found.nowhere else name: held
         for name, held in entries.stored().items()
         if name not in found.uncounted
     }
+    counts = tuple(entry for entry in entries.entries if entry.name in found.uncounted)
     return Spelling({tuple(there.split("/")): plain[name] for name, there in full_names(plain).items()}, counts)
 
 
-def _in_one(spec: Spec) -> Spec:
-    """The spec with a tensor for each leaf: many stored ones that are one here, such as experts, stay one."""
-    if isinstance(spec, Param):
-        name = spec.name.replace("{}.", "")
-        return replace(spec, name=name, layout=SAME) if isinstance(spec.layout, Stacked) else spec
-    if isinstance(spec, At):
-        return replace(spec, prefix=spec.prefix.replace(".{}", ""), spec=_in_one(spec.spec))
-    if isinstance(spec, Mapping):
-        return {key: _in_one(part) for key, part in spec.items()}
-    return tuple(map(_in_one, spec)) if isinstance(spec, tuple) else spec
+def _new(entries: Sequence[Entry]) -> Spelling:
+    """The spelling of what Flax never had: PyTorch's modules, Flax's words for leaves, a place for every leaf."""
+    plain: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.param.stored_as is None:
+            *modules, last = entry.name.replace("{}.", "").split(".")
+            word = str(entry.path[-1])
+            # Of parameters that are one tensor in PyTorch each has the name that it has here.
+            inner = [str(entry.path[-2])] if isinstance(entry.param.layout, Part) else []
+            name = "/".join(
+                [*modules, *inner, frameworks.FLAX.get(word, last) if last in frameworks.STANDARD else last]
+            )
+            plain[name if name not in plain else f"{name}/{entry.key}"] = [
+                replace(entry, param=replace(entry.param, layout=SAME))
+            ]
+    counts = tuple(entry for entry in entries if entry.param.stored_as is not None)
+    return Spelling({tuple(there.split("/")): plain[name] for name, there in full_names(plain).items()}, counts)
