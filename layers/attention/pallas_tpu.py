@@ -8,6 +8,7 @@ the distance are computed in place. Written in what both Mosaic and Pallas's int
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,8 +37,6 @@ from formax.layers.attention.kernel import (
 from formax.layers.attention.problem import Problem, target
 
 LANES = 128  # a register's width; what is smaller takes as much
-# Queries, and keys, of a tile at most, by channels of the wider head: with all features, what fits 16 MiB.
-SIZES = {128: 512, 256: 256}
 
 
 def supports(p: Problem) -> str | None:
@@ -65,9 +64,25 @@ def suits(p: Problem) -> str | None:
 def attention(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
     _, t, s, _, _ = p.sizes
-    most = SIZES[whole(max(p.q.shape[3], p.v.shape[3]), LANES)]
-    plan = plan_of(p, block(t, most), block(s, most))
+    rows, keys = largest(max(p.q.shape[3], p.v.shape[3]), p.q.dtype.itemsize)
+    plan = plan_of(p, block(t, rows), block(s, keys))
     return attend(KERNELS, p, replace(plan, width=max(plan.width, LANES)))
+
+
+def largest(channels: int, itemsize: int) -> tuple[int, int]:
+    """Queries and keys of a tile that fit a core's memory with all features, by the wider head's channels.
+
+    16 MiB up to the fifth generation of the chip, which the compiler is tried with for one that is not at hand.
+    """
+    if whole(channels, LANES) * itemsize > 512:
+        return 256, 512
+    return 512, 512 if generation() < 6 else 1024
+
+
+def generation() -> int:
+    """Of the chip at hand; 0 where there is none."""
+    found = re.match(r"TPU v?(\d+)", jax.devices()[0].device_kind)
+    return int(found[1]) if found else 0
 
 
 def block(length: int, most: int) -> int:
