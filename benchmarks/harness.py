@@ -73,12 +73,14 @@ class Contestant:
         framework: whose environment it needs, the key of `--python`.
         module: its tasks, below `benchmarks.contestants`.
         options: added to the options of every task.
+        optional: it may be unable to do a task though it runs where formax does.
     """
 
     name: str
     framework: str
     module: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    optional: bool = False
 
 
 FORMAX = Contestant("formax", "formax", "with_formax")
@@ -272,11 +274,12 @@ class Lab:
             BenchmarkError: it failed, or it runs where formax does: without formax there is nothing to compare with.
         """
         name = worker.contestant.name
-        if f"{name}, {task}" in self.unavailable:
+        optional = worker.contestant.optional
+        if f"{name}, {task}" in self.unavailable and not optional:
             return None
         answer = worker.prepare(task, options)
         if "unavailable" in answer:
-            if worker.contestant.framework == "formax":
+            if worker.contestant.framework == "formax" and not optional:
                 raise BenchmarkError(f"{name} cannot do {task!r}: {answer['unavailable']}")
             self.unavailable[f"{name}, {task}"] = answer["unavailable"]
             return None
@@ -291,6 +294,7 @@ class Lab:
         *,
         same: bool = True,
         of: Callable[[Sequence[float]], float] = statistics.median,
+        agreement: float = AGREEMENT,
     ) -> dict[str, list[float]]:
         """Seconds of a call, by contestant and round.
 
@@ -300,12 +304,13 @@ class Lab:
             options: with what.
             same: all have to compute the same numbers.
             of: which of the calls of a turn counts.
+            agreement: how far numbers may differ, in standard deviations.
         """
         answers = [(worker, self.prepare(worker, task, options)) for worker in workers]
         ready = {worker: answer for worker, answer in answers if answer is not None}
         if same:
             digests = {worker.contestant.name: answer["digest"] for worker, answer in ready.items()}
-            check_agreement(digests, f"{task} {options}")
+            check_agreement(digests, f"{task} {options}", agreement)
         turns: dict[str, Callable[[], Turn]] = {}
         for worker in ready:
             (once,) = worker.time(1).seconds
@@ -382,11 +387,11 @@ def difference(end: float | None, start: float | None) -> float | None:
     return None if end is None or start is None else max(0.0, end - start)
 
 
-def check_agreement(digests: Mapping[str, Sequence[float]], what: str) -> None:
+def check_agreement(digests: Mapping[str, Sequence[float]], what: str, agreement: float = AGREEMENT) -> None:
     """Checks that all contestants computed the same numbers: time for another computation means nothing.
 
     Raises:
-        BenchmarkError: one differs from the first by more than `AGREEMENT` of the standard deviation.
+        BenchmarkError: one differs from the first by more than `agreement` of the standard deviation.
     """
     names = list(digests)
     expected = digests[names[0]]
@@ -395,7 +400,7 @@ def check_agreement(digests: Mapping[str, Sequence[float]], what: str) -> None:
         found = digests[name]
         # A NaN is the worst, though it compares as less than anything.
         off = max((abs(a - b) / scale for a, b in zip(expected, found, strict=True)), key=lambda x: (math.isnan(x), x))
-        if not off <= AGREEMENT:
+        if not off <= agreement:
             raise BenchmarkError(f"{what}: {name} differs from {names[0]} by {off:.2g} standard deviations")
 
 

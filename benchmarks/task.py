@@ -63,6 +63,13 @@ def labels(options: Options) -> npt.NDArray[np.int32]:
     return token_ids(options, seed=1)
 
 
+def heads(options: Options) -> list[npt.NDArray[np.float32]]:
+    """Queries, keys and values [batch, length, heads, head_dim] of shapes `q` and `k`."""
+    generator = np.random.default_rng(0)
+    shapes = [tuple(options[name]) for name in ("q", "k", "k")]
+    return [generator.standard_normal(shape, np.float32) for shape in shapes]
+
+
 def sample(values: npt.ArrayLike, count: int = 64) -> list[float]:
     """About `count` numbers spread over an array."""
     flat = np.asarray(values, np.float64).reshape(-1)

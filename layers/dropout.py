@@ -14,3 +14,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
         return jnp.zeros_like(x)  # the quotient below would be infinite, and its gradient no number
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def layer_drop(before: jax.Array, x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """A layer left out as a whole, with probability `rate` (LayerDrop, Fan et al. 2019, arXiv:1909.11556).
+
+    What went into it and what came out, both [B, T, E] -> one of them; what came out when `key` is None.
+    """
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, rate), before, x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,17 @@ def embed(p: dict[str, Any], ids: jax.Array) -> jax.Array:
 def logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """The table as a tied output projection: [..., size] -> [..., rows]."""
     return jnp.einsum("...e,ve->...v", x, p["embedding"].astype(x.dtype))
+
+
+def sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Sines, then cosines, of waves from 2 pi to 20000 pi long, at positions 0, 1, ...: [positions, size].
+
+    An initialiser; as many sines as cosines, so that `size` must be even, and at least 4.
+    """
+    rows, size = shape
+    rates = jnp.exp(-math.log(10000) / (size // 2 - 1) * jnp.arange(size // 2))
+    angles = jnp.arange(rows)[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
 
 
 def check_inputs(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core.family import Architecture
-from formax.core.outputs import LogitsOutput, QuestionAnsweringOutput
+from formax.core.outputs import DoubleHeadsOutput, LogitsOutput, QuestionAnsweringOutput
 from formax.core.rng import fold_path
 from formax.core.spec import At, Param, Spec, Tied, normal, under
 from formax.layers import embed, norm
@@ -221,6 +221,42 @@ def summary(p: dict[str, Any], c: Any, x: jax.Array, at: jax.Array | None, key: 
     x = dropout(x, c.summary_first_dropout, None if key is None else fold_path(key, "summary"))
     x = linear(p["summary"], x) if "summary" in p else x
     return activation(c.summary_activation or "linear")(x)
+
+
+def double_heads(name: str, base: str, spec: Callable[[Any], dict[str, Spec]], encode: Apply) -> Architecture:
+    """The architecture `name` with two heads, for the next word and for the best of several continuations.
+
+    Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training". `base` and `spec` are the bare
+    model's prefix in checkpoints and its declaration, `encode` is that of all heads here.
+    """
+
+    def both(c: Any) -> dict[str, Spec]:
+        return {**with_heads(base, spec, lm_head())(c), **summary_spec("multiple_choice_head.summary", c, 1)}
+
+    def apply(
+        p: Any,
+        c: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        mc_token_ids: Any = None,
+        key: Any = None,
+    ) -> DoubleHeadsOutput:
+        """The next word [B, choices, T, V] and a score of each choice [B, choices]; inputs are [B, choices, T].
+
+        `mc_token_ids` [B, choices] are the positions that the scores are made from, the last ones by default.
+        """
+        names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
+        given = zip(names, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), strict=True)
+        rows, shape = as_rows(dict(given))
+        x, _ = encode(p, c, key=key, **rows)
+        x = x.reshape(*shape, *x.shape[1:])
+        scores = summary(p, c, x, mc_token_ids, key)
+        return DoubleHeadsOutput(logits=lm_logits(p, x), mc_logits=scores[..., 0] if scores.shape[-1] == 1 else scores)
+
+    return Architecture(name, "ForDoubleHeads", both, apply, inputs=apply)
 
 
 def token_classification(encode: Apply) -> Apply:

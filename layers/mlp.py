@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax
 
 from formax.core import tap
 from formax.core.layout import TRANSPOSE, Layout
-from formax.core.spec import Initializer, Spec
+from formax.core.spec import At, Initializer, Spec
 from formax.layers.activations import activation
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
@@ -66,3 +68,17 @@ def dense(
     with tap.scope(name):
         hidden = dropout(tap.tap("hidden", activation(act)(linear(p["up"], x))), rate, key)
         return tap.tap("out", linear(p["down"], hidden))
+
+
+def perceptron_spec(name: str, widths: Sequence[int], *, init: Initializer) -> Spec:
+    """Linear maps one after the other, from `widths[0]` to `widths[-1]`, stored as `name.layers.0`, ..."""
+    pairs = enumerate(pairwise(widths))
+    return At(name, tuple(linear_spec(f"layers.{i}", d_in, d, ("embed", None), init=init) for i, (d_in, d) in pairs))
+
+
+def perceptron(p: Sequence[Any], x: jax.Array) -> jax.Array:
+    """The maps of `perceptron_spec` with a ReLU after each but the last: [..., widths[0]] -> [..., widths[-1]]."""
+    *inner, last = p
+    for layer in inner:
+        x = jax.nn.relu(linear(layer, x))
+    return linear(last, x)

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core.family import Architecture
+from formax.core.layout import Reshape
 from formax.core.outputs import Seq2SeqLogitsOutput, Seq2SeqOutput, Seq2SeqQuestionAnsweringOutput
 from formax.core.rng import fold_path, split
-from formax.core.spec import At, Initializer, Spec
+from formax.core.spec import At, Initializer, Param, Spec, normal
 from formax.layers import heads
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
@@ -43,6 +45,18 @@ def conditional_generation(run: Run, logits: Callable[[Any, Any, jax.Array], jax
         return Seq2SeqLogitsOutput(logits=heads.lm_logits(p, x) if logits is None else logits(p, c, x), **beside(out))
 
     return apply
+
+
+def bias_spec(c: Any) -> dict[str, Spec]:
+    """A bias for every word that is stored as a buffer and that not every checkpoint has; see `biased_words`."""
+    row = Reshape((1, c.vocab_size))
+    return {"bias": Param((c.vocab_size,), ("vocab",), "final_logits_bias", layout=row, optional=True, buffer=True)}
+
+
+def biased_words(p: Any, c: Any, x: jax.Array) -> jax.Array:
+    """Scores of all words, with a bias for each: [B, T, E] -> [B, T, V]."""
+    logits = heads.lm_logits(p, x)
+    return logits + p["bias"].astype(logits.dtype)
 
 
 def labels_spec(size: int, labels: int, *, init: Initializer, name: str = "classification_head") -> dict[str, Spec]:
@@ -77,3 +91,49 @@ def question_answering(run: Run) -> Apply:
         return Seq2SeqQuestionAnsweringOutput(start_logits=start, end_logits=end, **beside(out))
 
     return apply
+
+
+def label_heads(
+    name: str, base: str, spec: Callable[[Any], dict[str, Spec]], run: Run, **more: Any
+) -> tuple[Architecture, ...]:
+    """The two heads that give labels, for texts and for spans, named and stored as BART's.
+
+    Args:
+        name: what the class names begin with.
+        base: the bare model's prefix in checkpoints.
+        spec: of the bare model.
+        run: see above.
+        **more: what else is to be said of both.
+    """
+
+    def labels(c: Any) -> dict[str, Spec]:
+        return labels_spec(c.hidden_size, c.num_labels, init=normal(c.initializer_range))
+
+    table: dict[str, tuple[Callable[[Any], dict[str, Spec]], Apply]] = {
+        "ForSequenceClassification": (labels, sequence_classification(run)),
+        "ForQuestionAnswering": (heads.linear_head("qa_outputs", 2), question_answering(run)),
+    }
+    return tuple(
+        Architecture(name + task, task, heads.with_heads(base, spec, head), apply, **more)
+        for task, (head, apply) in table.items()
+    )
+
+
+def lone_decoder(
+    name: str,
+    base: str,
+    spec: Callable[[Any], dict[str, Spec]],
+    decode: Apply,
+    words: Callable[[Any], dict[str, Spec]] | None = None,
+) -> Architecture:
+    """The decoder alone with a head for words, `...ForCausalLM`.
+
+    Args:
+        name: what the class name begins with.
+        base: the bare model's prefix in checkpoints.
+        spec: of the decoder, under the names of the whole model.
+        decode: `decode(p, c, input_ids, ..., key) -> (states [B, T, E], cache)`.
+        words: spec of the head; `heads.lm_head()` by default.
+    """
+    made = heads.with_heads(base, spec, words or heads.lm_head())
+    return Architecture(name + "ForCausalLM", "ForCausalLM", made, heads.causal_lm(decode), inputs=decode)

@@ -10,6 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core.config import Config, config
+
+
+@config
+class SpecAugmentConfig(Config):
+    """The fields that say what is hidden."""
+
+    apply_spec_augment: bool = True
+    mask_time_prob: float = 0.05
+    mask_time_length: int = 10
+    mask_time_min_masks: int = 2
+    mask_feature_prob: float = 0.0
+    mask_feature_length: int = 10
+    mask_feature_min_masks: int = 0
+
 
 def span_mask(
     key: jax.Array,
@@ -80,3 +95,18 @@ def drawn_spans(
         span, least = (c.mask_feature_prob, c.mask_feature_length), c.mask_feature_min_masks
         feature = span_mask(k_feature, rows, size, *span, min_spans=least)
     return time, feature
+
+
+def augment(c: SpecAugmentConfig, features: jax.Array, attention_mask: Any, key: Any) -> jax.Array:
+    """A spectrogram [B, mels, frames] with spans of frames and of mels at 0, under a key: what training hears.
+
+    Frames are of those that `attention_mask` [B, frames] has.
+    """
+    if key is None or not c.apply_spec_augment:
+        return features
+    rows, mels, frames = features.shape
+    real = None if attention_mask is None else attention_mask.sum(-1)
+    hidden, zeroed = drawn_spans(key, c, rows, frames, mels, lengths=real)
+    if hidden is not None:
+        features = jnp.where(hidden[:, None], 0, features)
+    return features if zeroed is None else jnp.where(zeroed[:, :, None], 0, features)

@@ -8,6 +8,7 @@ data2vec and the conformers keep these parts, and their names in checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -20,8 +21,9 @@ from formax.core.spec import At, Ignored, Param, Spec, constant, normal, stack_o
 from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.conv import conv, conv_spec
+from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.spec_augment import drawn_spans
+from formax.layers.spec_augment import SpecAugmentConfig, drawn_spans
 
 EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
@@ -30,7 +32,7 @@ UNIT = jax.nn.initializers.uniform(1.0)  # 0 to 1
 
 
 @config
-class SpeechConfig(Config):
+class SpeechConfig(SpecAugmentConfig):
     """The fields that all configurations of the line have."""
 
     implemented: ClassVar = {"feat_extract_norm": ("group", "layer")}
@@ -58,13 +60,6 @@ class SpeechConfig(Config):
     num_feat_extract_layers: int | None = None  # None: as many as the three above have
     num_conv_pos_embeddings: int = 128
     num_conv_pos_embedding_groups: int = 16
-    apply_spec_augment: bool = True
-    mask_time_prob: float = 0.05
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
-    mask_feature_prob: float = 0.0
-    mask_feature_length: int = 10
-    mask_feature_min_masks: int = 0
     ctc_loss_reduction: str = "sum"
     ctc_zero_infinity: bool = False
     use_weighted_layer_sum: bool = False
@@ -234,6 +229,36 @@ def hide(p: Any, c: SpeechConfig, x: jax.Array, given: Any, real: Any, key: Any)
             raise ValueError("masked frames have a vector only where mask_time_prob or mask_feature_prob is above 0")
         x = jnp.where(given[..., None] != 0, p["masked"].astype(x.dtype), x)
     return x if zeroed is None else jnp.where(zeroed[:, None], 0, x)
+
+
+# ---- all that comes before the layers
+
+
+def embed_waveform(
+    p: Any, c: SpeechConfig, samples: Any, attention_mask: Any, hidden: Any, keys: Sequence[Any]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Waveforms [B, samples] -> (frames as vectors [B, T, E], their features [B, T, C], which are real [B, T]).
+
+    Args:
+        p: `conv`, `features_norm`, `project`, `position`, and where they are wanted `masked` and a last `norm`.
+        c: the configuration.
+        samples: the waveforms.
+        attention_mask: [B, samples], 0 where there is padding; or None, and then it is not known which are real.
+        hidden: [B, T], which frames to hide; or None.
+        keys: three random keys, or three None: of the features' dropout, of what is hidden, of the last dropout.
+    """
+    check_samples(c, samples)
+    real = None if attention_mask is None else real_frames(c, attention_mask, frame_lengths(c, samples.shape[1]))
+    with tap.scope("embed"):
+        found = norm.layer(p["features_norm"], tap.tap("features", features(p["conv"], c, samples)), c.layer_norm_eps)
+        x = dropout(linear(p["project"], found), c.feat_proj_dropout, keys[0])
+        x = hide(p, c, x, hidden, real, keys[1])
+        if real is not None:
+            x = jnp.where(real[..., None], x, 0)
+        x = x + tap.tap("position", positions(p["position"], c, x))
+        if "norm" in p:
+            x = norm.layer(p["norm"], x, c.layer_norm_eps)
+        return tap.tap("out", dropout(x, c.hidden_dropout, keys[2])), found, real
 
 
 # ---- states of all layers, and states made fewer

@@ -13,12 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core.config import ConfigError
+from formax.core.family import Architecture
 from formax.core.layout import Reshape
 from formax.core.outputs import LogitsOutput, QuantizedOutput, XVectorOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, normal, stack_of
 from formax.layers.conv import conv
 from formax.layers.dropout import dropout
+from formax.layers.heads import with_heads
 from formax.layers.linear import linear, linear_spec
 from formax.layers.speech import UNIFORM, UNIT, frame_lengths, real_frames
 
@@ -201,3 +204,58 @@ def mean(x: jax.Array, real: jax.Array, lost: int = 0) -> jax.Array:
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x, axis=axis, keepdims=True), 1e-12)
+
+
+# ---- all of them
+
+
+def without_adapter(spec: Made) -> Made:
+    """The spec of a head that the reference has on states of full length only."""
+
+    def checked(c: Any) -> dict[str, Spec]:
+        if getattr(c, "add_adapter", False):
+            raise ConfigError("add_adapter=True: classifiers of recordings and of frames have no adapter before them")
+        return spec(c)
+
+    return checked
+
+
+def encoder_heads(name: str, base: str, spec: Made, encode: Apply) -> tuple[Architecture, ...]:
+    """The heads for tokens, for labels of recordings and of frames, and for voices, in this order, as wav2vec 2.0's.
+
+    Args:
+        name: what the class names begin with.
+        base: the bare model's prefix in checkpoints.
+        spec: of the bare model.
+        encode: see above.
+    """
+    tokens = between("head", "lm_head", "states_size", "vocab_size")
+    recordings = (
+        layer_weights,
+        between("projector", "projector", "hidden_size", "classifier_proj_size"),
+        between("head", "classifier", "classifier_proj_size", "num_labels"),
+    )
+    frames = (layer_weights, between("head", "classifier", "hidden_size", "num_labels"))
+
+    def made(head: str, task: str, spec: Made, apply: Apply) -> Architecture:
+        return Architecture(name + head, task, spec, apply)
+
+    def over(*heads: Made) -> Made:
+        return with_heads(base, spec, *heads)
+
+    return (
+        made("ForCTC", "ForCTC", over(tokens), ctc(encode)),
+        made(
+            "ForSequenceClassification",
+            "ForAudioClassification",
+            without_adapter(over(*recordings)),
+            audio_classification(encode),
+        ),
+        made(
+            "ForAudioFrameClassification",
+            "ForAudioFrameClassification",
+            without_adapter(over(*frames)),
+            frame_classification(encode),
+        ),
+        made("ForXVector", "ForAudioXVector", over(layer_weights, xvector_spec), xvector(encode)),
+    )

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from formax.conversion.load import floating
+from formax.core import mesh
 from formax.core import spec as specs
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
@@ -171,7 +172,8 @@ class Model:
             output_attentions = self.config.output_attentions
         on = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = tuple(name for name, switch in on.items() if switch)
-        arguments = (self, arrays, key, factors, tuple(static.items()), wanted, patterns, optional)
+        placing = mesh.of_arrays(self.params)  # tracers do not tell: inside a trace it is the caller's to say
+        arguments = (self, arrays, key, factors, tuple(static.items()), wanted, patterns, optional, placing)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, factors)))
         out, seen = _forward(*arguments) if traced else _compiled_forward(*arguments)
         return out, dict(seen)
@@ -380,6 +382,7 @@ def _forward(
     wanted: tuple[str, ...],
     patterns: tuple[str, ...],
     optional: tuple[str, ...],
+    placing: mesh.Placing | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The forward pass with its taps watched."""
     fields = {
@@ -396,7 +399,8 @@ def _forward(
             Intervention(pattern, _head_factors(name, factor), indexed=True, required=False) for pattern in masked[name]
         )
     states = tuple(pattern for found in fields.values() for pattern in found)
-    with specs.rematerialised(model.remat), watch(patterns, interventions, optional=(*optional, *states)) as seen:
+    seen_by = watch(patterns, interventions, optional=(*optional, *states))
+    with specs.rematerialised(model.remat), mesh.placed(placing), seen_by as seen:
         arguments = {**arrays, **dict(static)}
         if key is not None:
             arguments["key"] = key
@@ -413,7 +417,7 @@ def _forward(
     return out, OrderedDict(seen.find((*patterns, *optional)))
 
 
-_compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6, 7))
+_compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6, 7, 8))
 
 
 def _head_factors(name: str, factors: jax.Array) -> Callable[[jax.Array, Any], jax.Array]:

@@ -8,7 +8,6 @@ next rule for it, else stays whole, and `report` says so.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,23 +17,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from formax.core import spec as specs
+from formax.core.mesh import DEFAULT_RULES, Rules, assign, constrain
 from formax.core.spec import Spec, Tree
 from formax.model import Model
 
-Rules = Sequence[tuple[str, str | tuple[str, ...]]]
+__all__ = [
+    "DEFAULT_RULES",
+    "Placement",
+    "Rules",
+    "constrain",
+    "make_mesh",
+    "placements",
+    "report",
+    "shard",
+    "shard_batch",
+    "shardings",
+]
 
-# Weights are split along the model's inner axes over "tensor", and along what is left over "fsdp".
-DEFAULT_RULES: Rules = (
-    ("experts", "expert"),
-    ("vocab", "tensor"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("embed", "fsdp"),
-    ("conv_out", "tensor"),
-    ("conv_in", "fsdp"),
-    ("state", "tensor"),
-)
 # Mesh axes over which the rows of a batch are split, of those that a mesh has.
 BATCH_AXES = ("data", "fsdp")
 
@@ -63,26 +62,10 @@ def placements(spec: Spec, mesh: Any, rules: Rules = DEFAULT_RULES) -> list[Plac
 
 
 def _place(entry: specs.Entry, sizes: dict[str, int], rules: Rules) -> Placement:
-    parts: list[Any] = [None] * len(entry.param.shape)
-    obstacles: dict[int, list[str]] = defaultdict(list)
-    taken: set[str] = set()
-    for logical, target in rules:
-        names = (target,) if isinstance(target, str) else tuple(target)
-        for i, axis in enumerate(entry.param.axes):
-            if axis != logical or parts[i] is not None:
-                continue
-            ways = math.prod(sizes.get(name, 1) for name in names)
-            if not sizes.keys() >= set(names):
-                obstacles[i].append(f"the mesh has no axis {', '.join(sorted(set(names) - sizes.keys()))}")
-            elif taken & set(names):
-                obstacles[i].append(f"mesh axis {', '.join(names)} is taken by another dimension")
-            elif entry.param.shape[i] % ways:
-                obstacles[i].append(f"{entry.param.shape[i]} is no multiple of {ways} ({', '.join(names)})")
-            else:
-                parts[i] = target
-                taken |= set(names)
-    remarks = (f"{entry.param.axes[i]} is whole: {'; '.join(why)}" for i, why in obstacles.items() if parts[i] is None)
-    return Placement(entry.key, entry.param.shape, PartitionSpec(*parts), tuple(remarks))
+    axes = entry.param.axes
+    partition, obstacles = assign(axes, entry.param.shape, sizes, rules)
+    remarks = tuple(f"{axes[i]} is whole: {'; '.join(why)}" for i, why in obstacles.items())
+    return Placement(entry.key, entry.param.shape, partition, remarks)
 
 
 def shardings(spec: Spec, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Tree:

@@ -11,8 +11,9 @@ from attention_cases import BIASES, MASKS, NUMBERS, Sizes, check, draw, options,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formax.core import tap
+from formax.core import mesh, tap
 from formax.layers.attention import Mask, attention, compile_for, explain_attention, xla_chunked
+from formax.sharding import make_mesh
 
 BACKENDS = ["xla", "xla_chunked"]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
@@ -80,6 +81,62 @@ def test_half_precision(backend: str, dtype: jnp.dtype) -> None:
     check(partial(attention, backend=backend), z, given, dtype=dtype, tolerance=0.1 if dtype == jnp.bfloat16 else 0.01)
 
 
+# --- under a mesh
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_rows_and_heads_over_a_mesh(bias: str) -> None:
+    z = Sizes(b=4, h=8, k=2)
+    devices = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        with mesh.placed(mesh.Placing(devices)):
+            return attention(q, k, v, backend="xla_chunked", **options)
+
+    check(attend, z, options(z, "causal segments and keys", bias, "sinks"))
+
+
+def test_a_mesh_that_fits_in_part() -> None:
+    z = Sizes(b=3, h=6, k=3)  # neither rows nor heads of keys are even
+    devices = make_mesh(data=2, tensor=2)
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        return attention(q, k, v, backend="xla_chunked", **options)
+
+    with jax.set_mesh(devices):
+        assert mesh.current() is not None
+        check(attend, z, options(z, "offset by row", "alibi", "plain"))
+
+
+def test_each_device_attends_with_its_own_rows_and_heads() -> None:
+    devices = make_mesh(data=2, tensor=4)
+    placing = mesh.Placing(devices)
+    where = jax.NamedSharding(devices, placing.partition(("batch", None, "heads", None), (2, 1024, 4, 16)))
+    x = jax.ShapeDtypeStruct((2, 1024, 4, 16), jnp.float32, sharding=where)
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        with mesh.placed(placing):
+            return attention(q, k, v, mask=Mask(causal=True))
+
+    made = jax.jit(attend).lower(x, x, x).compile()
+    program = made.as_text() or ""
+    assert "dot" in program
+    assert "all-gather" not in program
+    assert "all-reduce" not in program
+    assert made.output_shardings.is_equivalent_to(where, 4)
+
+
+def test_dropped_weights_differ_from_device_to_device() -> None:
+    z = Sizes(b=2, t=16, s=64, h=2, k=2)
+    _, k, v = qkv(z)
+    same = jnp.ones((2, 1, 2, 1))  # all rows and heads are alike but for what is dropped
+    with jax.set_mesh(make_mesh(data=2, tensor=2)):
+        run = jax.jit(partial(attention, backend="xla_chunked", dropout=0.5))
+        out = run(jnp.zeros((2, 16, 2, 8)), k[:1, :, :1] * same, v[:1, :, :1] * same, key=jax.random.key(0))
+    parts = np.asarray(out).transpose(0, 2, 1, 3).reshape(4, -1)
+    assert len({part.tobytes() for part in parts}) == 4
+
+
 # --- what is chosen
 
 
@@ -91,7 +148,7 @@ def test_long_sequences_are_computed_in_tiles_and_short_ones_at_once() -> None:
     assert "xla_chunked  <- runs" in explain_attention(*shapes(4096, 4096), mask=Mask(causal=True))
     table = explain_attention(*shapes(64, 64))
     assert "xla          <- runs" in table
-    assert "a table of scores of 0.0625 MiB is made at once up to 8 MiB" in table
+    assert "a table of scores of 0.0625 MiB is made at once up to 0.5 MiB" in table
     assert "1 queries are no block" in explain_attention(*shapes(1, 2**20))
 
 
@@ -182,3 +239,48 @@ def test_tiles_that_the_mask_rules_out_are_not_computed() -> None:
             used = Mask(segments=(used.segments[0][:, :16], used.segments[1]))
         out = attention(first, k.at[:, where].set(np.nan), v.at[:, where].set(np.nan), mask=used, backend="xla_chunked")
         assert np.isfinite(out).all(), mask
+
+
+def chosen(platform: str, given: Any, **options: Any) -> str:
+    """The name of the backend that runs."""
+    with compile_for(platform):
+        lines = explain_attention(*given, **options).splitlines()
+    return next(line.split()[0] for line in lines if "<- runs" in line)
+
+
+HALF = shapes(4096, 4096, jnp.bfloat16, d=128)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"mask": Mask(window=(4, 4))}, r"cuDNN looks into the future \(jax#39576\)"),
+        ({"mask": Mask(window=(4, None))}, r"cuDNN looks into the future"),
+        ({"mask": Mask(causal=True, q_offset=3)}, "a causal mask is aligned to the first key"),
+        ({"mask": Mask(causal=True, q_offset=jnp.asarray(0))}, "a causal mask is aligned to the first key"),
+        ({"mask": Mask(dense=jnp.ones((1, 1, 1, 4096), bool))}, "a mask with dense is not on the list"),
+        ({"mask": Mask(keys=jnp.ones((1, 4096), bool))}, "a mask with keys is not on the list"),
+        ({"bias": jnp.ones((4096,))}, "a bias is not on the list"),
+        ({"softcap": 2.0}, "a soft cap is not on the list"),
+        ({"sinks": jnp.ones(4)}, "sinks is not on the list"),
+        ({"dropout": 0.1, "key": jax.random.key(0)}, "dropout is not on the list"),
+    ],
+)
+def test_cudnn_is_given_only_what_it_does_right(options: Any, reason: str) -> None:
+    with compile_for("cuda"), pytest.raises(NotImplementedError, match=f"cudnn: .*{reason}"):
+        attention(*HALF, backend="cudnn", **options)
+    assert chosen("cuda", HALF, **options) != "cudnn"
+
+
+def test_cudnn_does_what_is_on_its_list() -> None:
+    for mask in (Mask(), Mask(causal=True), Mask(causal=True, window=(100, None)), Mask(causal=True, window=(100, 0))):
+        assert chosen("cuda", HALF, mask=mask) == "cudnn"
+    assert chosen("cuda", shapes(4096, 4096), mask=Mask(causal=True)) == "pallas_gpu"  # float32
+    assert chosen("cuda", shapes(64, 4096, jnp.bfloat16), mask=Mask(causal=True)) == "pallas_gpu"  # cut off at the end
+    assert chosen("cuda", shapes(4096, 4096, jnp.bfloat16, d=256)) == "pallas_gpu"
+
+
+def test_each_platform_has_its_kernels() -> None:
+    assert chosen("cpu", HALF) == "xla_chunked"
+    with pytest.raises(NotImplementedError, match="pallas_gpu: runs on cuda, and this is cpu"):
+        attention(*HALF, backend="pallas_gpu")

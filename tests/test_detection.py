@@ -20,6 +20,7 @@ from scipy.optimize import linear_sum_assignment
 import formax
 from formax.core import spec as specs
 from formax.core.config import ConfigError
+from formax.core.outputs import DetectionModelOutput, FoundOutput
 from formax.layers.conv import conv
 from formax.models.vision import detr, resnet
 from formax.models.vision.detr import DetrConfig
@@ -87,7 +88,7 @@ def test_gradients_of_the_loss_are_finite_and_reach_the_model(tmp_path: Path) ->
 
 
 def test_no_objects_at_all() -> None:
-    out = detr.Found(logits=jnp.zeros((2, 5, 4)), pred_boxes=jnp.full((2, 5, 4), 0.5))
+    out = FoundOutput(logits=jnp.zeros((2, 5, 4)), pred_boxes=jnp.full((2, 5, 4), 0.5))
     config = DetrConfig()
     for most in (0, 3):
         given = {"class_labels": jnp.zeros((2, most), int), "boxes": jnp.zeros((2, most, 4))}
@@ -105,7 +106,7 @@ def test_no_objects_at_all() -> None:
     ],
 )
 def test_targets_that_do_not_fit(change: dict[str, Any], message: str) -> None:
-    out = detr.Found(logits=jnp.zeros((2, 5, 4)), pred_boxes=jnp.full((2, 5, 4), 0.5))
+    out = FoundOutput(logits=jnp.zeros((2, 5, 4)), pred_boxes=jnp.full((2, 5, 4), 0.5))
     objects: dict[str, Any] = {
         "class_labels": np.zeros((2, 3), int),
         "boxes": np.full((2, 3, 4), 0.5),
@@ -319,7 +320,7 @@ def test_states_of_the_encoder_can_be_given(tmp_path: Path) -> None:
     model, _ = golden.open(tmp_path)
     right = model(**golden.inputs)
     states = right.encoder_last_hidden_state
-    for given_states in (states, detr.DetrModelOutput(last_hidden_state=states)):
+    for given_states in (states, DetectionModelOutput(last_hidden_state=states)):
         out = model(**golden.inputs, encoder_outputs=given_states)
         np.testing.assert_allclose(out.last_hidden_state, right.last_hidden_state, atol=1e-5)
 

@@ -12,9 +12,11 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import formax
 from formax.core import spec as specs
+from formax.core.mesh import current
 from formax.core.spec import Param, Spec
+from formax.layers.attention import backends
 from formax.models.text.bert import FAMILY, BertConfig
-from formax.sharding import DEFAULT_RULES, Placement, make_mesh, placements, report, shardings
+from formax.sharding import DEFAULT_RULES, Placement, make_mesh, placements, report, shard, shardings
 
 (MODEL,) = (found for found in FAMILY.architectures if found.task == "ForMaskedLM")
 CONFIG = BertConfig(
@@ -145,3 +147,22 @@ def test_bert_base_on_a_pod() -> None:
     padded = MODEL.spec(BertConfig(vocab_size=30528))
     (table,) = [one for one in placements(padded, mesh) if one.key == "embed.word.embedding"]
     assert (table.partition, table.remarks) == (PartitionSpec("tensor", "fsdp"), ())
+
+
+def test_a_model_tells_attention_over_which_mesh_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a trace arrays do not say so, and a kernel would be run for all rows and heads on every device."""
+    seen: list[Any] = []
+    run = backends.run
+
+    def watched(*args: Any) -> Any:
+        seen.append(current())
+        return run(*args)
+
+    monkeypatch.setattr(backends, "run", watched)
+    config = formax.AutoConfig.for_model("llama", vocab_size=16, hidden_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, intermediate_size=8)  # fmt: skip
+    whole = formax.AutoModelForCausalLM.from_config(config, key=jax.random.key(0))
+    mesh, ids = make_mesh(fsdp=2, tensor=2), np.arange(2 * 600).reshape(2, 600) % 16
+    parts = shard(whole, mesh)
+    np.testing.assert_allclose(whole(ids).logits, parts(ids).logits, rtol=1e-4, atol=1e-5)
+    assert [None if one is None else one.mesh for one in seen] == [None, mesh]

@@ -24,6 +24,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from formax.core import spec as specs
+from formax.core.mesh import of_arrays, placed
 from formax.core.spec import Tree
 from formax.model import Model
 from formax.sharding import DEFAULT_RULES, Rules, shardings
@@ -167,7 +168,13 @@ def compile_step(train_step: TrainStep, state: TrainState) -> TrainStep:
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     if not any(isinstance(place, NamedSharding) for place in jax.tree.leaves(places)):
         return jax.jit(train_step, donate_argnums=0)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(places, None))
+    placing = of_arrays(state.model.params)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with placed(placing):  # in a trace the weights do not say where they lie
+            return train_step(state, batch)
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
 
 def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> TrainState:

@@ -17,7 +17,9 @@ from benchmarks.task import (
     CHECKED_STEPS,
     Options,
     Task,
+    UnavailableError,
     arrays,
+    heads,
     labels,
     sample,
     square,
@@ -25,6 +27,8 @@ from benchmarks.task import (
     token_ids,
 )
 from formax.core import registry
+from formax.layers import attention as layers
+from formax.layers.attention import Mask
 
 
 def versions() -> dict[str, str]:
@@ -99,6 +103,39 @@ def load(options: Options) -> Task:
     return Task(lambda: jax.block_until_ready(open_it(options["checkpoint"])))
 
 
+def attention_inputs(options: Options) -> list[jax.Array]:
+    return [jnp.asarray(x, options["dtype"]) for x in heads(options)]
+
+
+def attention_task(attend: Any, inputs: list[jax.Array], options: Options) -> Task:
+    """A function of queries, keys and values, or with `slopes` its gradients for the sum of squares."""
+    function = attend
+    if options["slopes"]:
+        function = jax.grad(lambda *x: (attend(*x).astype(jnp.float32) ** 2).sum(), argnums=(0, 1, 2))
+    run = jax.jit(function)
+    return Task(lambda: jax.block_until_ready(run(*inputs)), sample(jax.tree.leaves(run(*inputs))[0]))
+
+
+def attention(options: Options) -> Task:
+    (b, length, h, _), window = options["q"], options.get("window")
+    ids = jnp.arange(length)[None] * options["segments"] // length if options.get("segments") else None
+    mask = Mask(
+        causal=bool(options.get("causal")),
+        window=None if window is None else (window - 1, 0),
+        segments=None if ids is None else (jnp.repeat(ids, b, 0),) * 2,
+    )
+    sinks = jnp.zeros(h) if options.get("sinks") else None
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return layers.attention(q, k, v, mask=mask, softcap=options.get("softcap"), sinks=sinks,
+                                backend=options.get("backend"))  # fmt: skip
+
+    try:
+        return attention_task(attend, attention_inputs(options), options)
+    except NotImplementedError as reason:
+        raise UnavailableError(str(reason)) from None
+
+
 def matmul(options: Options) -> Task:
     a = jnp.asarray(square(options))
     product = jax.jit(jnp.matmul)
@@ -136,6 +173,7 @@ def checkpoint(options: Options) -> Task:
 
 
 TASKS = {
+    "attention": attention,
     "call": call,
     "checkpoint": checkpoint,
     "forward": forward,

@@ -19,6 +19,7 @@ from benchmarks.task import (
     Task,
     UnavailableError,
     arrays,
+    heads,
     labels,
     sample,
     square,
@@ -132,6 +133,48 @@ def load(options: Options) -> Task:
     return Task(run)
 
 
+def attention(options: Options) -> Task:
+    """`scaled_dot_product_attention`, with a mask as booleans where it has no structure for it."""
+    for name in ("softcap", "sinks"):
+        if options.get(name):
+            raise UnavailableError(f"scaled_dot_product_attention has no {name}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    length, window, segments = options["q"][1], options.get("window"), options.get("segments")
+    mask = None
+    if window or segments:
+        at = torch.arange(length, device=device)
+        mask = at[:, None] >= at
+        if window:
+            mask = mask & (at[:, None] - at < window)
+        if segments:
+            mask = mask & (at[:, None] * segments // length == at * segments // length)
+    inputs = [torch.from_numpy(x).to(device, getattr(torch, options["dtype"])).transpose(1, 2) for x in heads(options)]
+
+    def attend() -> Any:
+        return torch.nn.functional.scaled_dot_product_attention(
+            *inputs,
+            attn_mask=mask,
+            is_causal=bool(options.get("causal")) and mask is None,
+            enable_gqa=options["q"][2] != options["k"][2],
+        )
+
+    def run() -> Any:
+        if options["slopes"]:
+            for x in inputs:
+                x.grad = None
+                x.requires_grad_()
+            (attend().float() ** 2).sum().backward()
+            out = inputs[0].grad
+        else:
+            with torch.inference_mode():
+                out = attend()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out
+
+    return Task(run, sample(run().float().transpose(1, 2).cpu().numpy()))
+
+
 def matmul(options: Options) -> Task:
     a = torch.from_numpy(square(options))
     return Task(lambda: a @ a, sample((a @ a).numpy()))
@@ -142,4 +185,12 @@ def stream(options: Options) -> Task:
     return Task(lambda: a @ x, sample((a @ x).numpy()))
 
 
-TASKS = {"call": call, "forward": forward, "load": load, "matmul": matmul, "stream": stream, "train_step": train_step}
+TASKS = {
+    "attention": attention,
+    "call": call,
+    "forward": forward,
+    "load": load,
+    "matmul": matmul,
+    "stream": stream,
+    "train_step": train_step,
+}

@@ -59,7 +59,7 @@ def attention(
         NotImplementedError: a named backend that cannot do this, with the reason.
     """
     given = problem(q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, key=key)
-    return backends.choose(given, backend).attention(given)
+    return backends.run(given, backend)
 
 
 @jax.tree_util.register_dataclass

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from formax.core import mesh
+from formax.layers.attention.bias import ALiBi, Bucketed, Indexed
 from formax.layers.attention.problem import Problem, names, problem, target
 
 
@@ -16,6 +21,8 @@ class Backend(Protocol):
     `supports` says why a backend cannot do something, `suits` why it should not where nobody asks for it by name; None
     says that it can, and should.
     """
+
+    __name__: str
 
     @staticmethod
     def supports(p: Problem) -> str | None: ...
@@ -29,11 +36,16 @@ class Backend(Protocol):
 
 # In the order in which they are asked: {name: platform it is for, None for all}. Modules are imported when asked.
 BACKENDS: dict[str, str | None] = {
+    "decode_gpu": "cuda",
+    "cudnn": "cuda",
+    "mosaic_gpu": "cuda",
     "pallas_gpu": "cuda",
     "pallas_tpu": "tpu",
     "xla_chunked": None,
     "xla": None,
 }
+# The compiler splits these itself.
+SPLIT_BY_XLA = ("xla", "cudnn")
 
 
 def module(name: str) -> Any:
@@ -68,6 +80,59 @@ def choose(p: Problem, name: str | None) -> Backend:
         return module(name)
     found = next(one for one in BACKENDS if unsupported(one, p) is None and module(one).suits(p) is None)
     return module(found)
+
+
+def run(p: Problem, name: str | None) -> jax.Array:
+    """Attention by the backend of that name, or by the one that `choose` finds.
+
+    Under a mesh each device attends with its own rows and heads: a kernel is nothing that the compiler could split.
+    """
+    backend, placing = choose(p, name), mesh.current()
+    if placing is None or backend.__name__.rpartition(".")[2] in SPLIT_BY_XLA:
+        return backend.attention(p)
+    return over_mesh(backend, p, placing)
+
+
+def over_mesh(backend: Backend, p: Problem, placing: mesh.Placing) -> jax.Array:
+    """Attention with the rows and heads of a batch split over a mesh, as far as they divide."""
+    q = placing.partition(("batch", None, "heads", None), p.q.shape)
+    k = placing.partition(("batch", None, "kv_heads", None), p.k.shape)
+    rows, heads = q[0], q[2] if q[2] == k[2] else None  # a head's keys are where it is
+
+    def pairs(x: Any) -> PartitionSpec:
+        """[B or 1, H or 1, T, S], or without the first of these."""
+        where = (rows, heads, None, None)[4 - x.ndim :]
+        return PartitionSpec(*(at if n > 1 else None for at, n in zip(where, x.shape, strict=True)))
+
+    def by_row(x: Any) -> PartitionSpec:
+        """[B or 1, ...], or one number."""
+        return PartitionSpec(rows) if jnp.ndim(x) and x.shape[0] > 1 else PartitionSpec()
+
+    put: Any = replace  # partitions stand where arrays are, which types do not say
+    m, of_bias = p.mask, None
+    match p.bias:
+        case ALiBi():
+            of_bias = put(p.bias, slopes=PartitionSpec(heads))
+        case Bucketed():
+            of_bias = put(p.bias, table=PartitionSpec(None, heads))
+        case Indexed():
+            of_bias = put(p.bias, table=PartitionSpec(None, heads), index=PartitionSpec())
+        case None:
+            pass
+        case _:
+            of_bias = pairs(p.bias)
+    of_mask = put(jax.tree.map(by_row, replace(m, dense=None)), dense=None if m.dense is None else pairs(m.dense))
+    both = PartitionSpec(rows, None, heads, None)
+    sinks, key = (None if x is None else at for x, at in ((p.sinks, PartitionSpec(heads)), (p.key, PartitionSpec())))
+    specs = put(p, q=both, k=both, v=both, mask=of_mask, bias=of_bias, sinks=sinks, key=key)
+    names = [name for at in (rows, heads) for name in ((at,) if isinstance(at, str) else at or ())]
+
+    def own(p: Problem) -> jax.Array:
+        if p.key is not None and names:  # each device drops weights of its own
+            p = replace(p, key=jax.random.fold_in(p.key, jax.lax.axis_index(tuple(names))))
+        return backend.attention(p)
+
+    return jax.shard_map(own, mesh=placing.mesh, in_specs=(specs,), out_specs=both, check_vma=False)(p)
 
 
 def explain_attention(q: Any, k: Any, v: Any, **options: Any) -> str:

@@ -44,6 +44,7 @@ class Plan:
         steps: edges of a bias that is constant between them (0 for none), filled up to `width` numbers.
         width: of what is learned of a bias by distance, a power of two.
         sinks: there are some.
+        shared: rows that are one query's, those of heads that share keys; more than one in decoding.
     """
 
     t: int
@@ -64,6 +65,7 @@ class Plan:
     steps: int
     width: int
     sinks: bool
+    shared: int = 1
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -160,7 +162,7 @@ def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
         found["k_ids"] = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD)
     if "dense" in plan.pairs:
         found["dense"] = filled(m.dense, plan).astype(jnp.int8)
-    if "added" in plan.pairs:
+    if p.bias is not None and "added" in plan.pairs:
         found["added"] = filled(by_pairs(p.bias, t, s), plan)
     if isinstance(p.bias, ALiBi):
         found["learned"] = jnp.pad(p.bias.slopes.astype(jnp.float32)[:, None], ((0, 0), (0, plan.width - 1)))
@@ -204,8 +206,8 @@ def key_blocks(plan: Plan, i: Any, offset: Any, end: Any, prefix: Any) -> tuple[
 
     Those between the second and the third are seen whole, the others in part; where nothing is plain, none is whole.
     """
-    first = offset + i * plan.rows
-    last = first + plan.rows - 1
+    first = offset + div(i * plan.rows, plan.shared)
+    last = offset + div(i * plan.rows + plan.rows - 1, plan.shared)
     start, stop = jnp.int32(0), end
     whole_from, whole_to = jnp.int32(0), end
     if plan.causal:
@@ -239,7 +241,7 @@ def query_blocks(plan: Plan, j: Any, offset: Any, end: Any, prefix: Any) -> tupl
 
 def div(a: Any, b: int) -> Any:
     """The quotient of numbers that are not negative (kernels have no other division)."""
-    return jax.lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
+    return a if b == 1 else jax.lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
 
 
 def meet(q_span: Any, k_span: Any) -> Any:
@@ -270,7 +272,7 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
         out = out + facts.added.astype(jnp.float32)
     if whole:
         return out, capped, None
-    q = facts.offset + i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    q = facts.offset + _query(plan, i)
     k = j * plan.keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     parts = []
     if plan.causal:
@@ -296,8 +298,13 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
 def _ahead(plan: Plan, i: Any, j: Any, facts: Facts) -> Any:
     """How far each key is after each query: [rows, keys]."""
     steps = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 1)
-    steps = steps - jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 0)
-    return steps + (j * plan.keys - facts.offset - i * plan.rows)
+    return steps + (j * plan.keys - facts.offset) - _query(plan, i)
+
+
+def _query(plan: Plan, i: Any) -> Any:
+    """The number of each row's query: [rows, keys]."""
+    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 0)
+    return row if plan.shared == 1 else div(row, plan.shared)
 
 
 def far(plan: Plan, ahead: Any) -> Any:

@@ -219,9 +219,9 @@ def loop(plan: Plan, tile: Any, carry: Any, bounds: tuple[Any, Any, Any, Any]) -
     return jax.lax.fori_loop(whole_to, stop, partial(tile, False), carry)
 
 
-def unless_apart(plan: Plan, q_span: Any, k_span: Any, run: Callable[[Any], Any], carry: Any) -> Any:
-    """`run(carry)`; `carry` where no segment of the queries can be one of the keys'."""
-    return jax.lax.cond(meet(q_span, k_span), run, lambda carry: carry, carry)
+def unless_apart(spans: Any, run: Callable[[Any], Any], carry: Any) -> Any:
+    """`run(carry)`; `carry` where no segment of the queries can be one of the keys', by the `spans` of both."""
+    return jax.lax.cond(meet(*spans), run, lambda carry: carry, carry)
 
 
 def forward_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int], *all_refs: Any) -> None:
@@ -250,7 +250,7 @@ def forward_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, i
         if not plan.ids:
             return run(carry)
         spans = [[refs["q_span"][n] for n in (0, 1)], [refs["k_span"][j, n] for n in (0, 1)]]
-        return unless_apart(plan, *spans, run, carry)
+        return unless_apart(spans, run, carry)
 
     zero = jnp.zeros((plan.rows, out.shape[-1]), jnp.float32)
     if plan.sinks:
@@ -289,7 +289,7 @@ def queries_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, i
         if not plan.ids:
             return run(carry)
         spans = [[refs["q_span"][n] for n in (0, 1)], [refs["k_span"][j, n] for n in (0, 1)]]
-        return unless_apart(plan, *spans, run, carry)
+        return unless_apart(spans, run, carry)
 
     wants = bool(more) and "learned" in refs
     if more and not wants:  # tiles that are not computed have no slopes
@@ -326,7 +326,7 @@ def keys_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int]
             if not plan.ids:
                 return run(carry)
             spans = [[refs["q_span"][i, n] for n in (0, 1)], [refs["k_span"][n] for n in (0, 1)]]
-            return unless_apart(plan, *spans, run, carry)
+            return unless_apart(spans, run, carry)
 
         return jax.lax.fori_loop(*bounds, tile, carry)
 

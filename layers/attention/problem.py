@@ -150,7 +150,7 @@ def compile_for(platform: str, *, interpret: bool = False) -> Iterator[None]:
 def names(given: Any) -> str:
     """What a mask or a bias consists of, for messages: "causal, window"."""
     if isinstance(given, Mask):
-        found = [name for name in ("causal", "window", "kv_length", "keys", "segments", "prefix", "dense")
-                 if getattr(given, name) not in (None, False)]  # fmt: skip
+        parts = ("causal", "window", "kv_length", "keys", "segments", "prefix", "dense")
+        found = [name for name in parts if getattr(given, name) is not None and getattr(given, name) is not False]
         return ", ".join(found) or "none"
     return "none" if given is None else type(given).__name__

@@ -20,9 +20,9 @@ from jax.custom_derivatives import SymbolicZero
 from formax.layers.attention.bias import ALiBi, Bucketed, by_distance, by_pairs
 from formax.layers.attention.problem import Problem, target
 
-ROWS, KEYS, STREAMS = 256, 512, 4  # of a tile: queries (of all heads that share keys), keys, heads at once
-# Tables of scores, in bytes, that are better made at once.
-SMALL = {"cpu": 2**23, "cuda": 2**28, "tpu": 2**28}
+ROWS, KEYS, STREAMS = 512, 512, 2  # of a tile: queries (of all heads that share keys), keys, heads at once
+# Tables of scores, in bytes, up to which they are better made at once (benchmarks/attention.py).
+SMALL = {"cpu": 2**19, "cuda": 2**28, "tpu": 2**28}
 NOTHING = -1e30  # the score of a pair that is not seen
 DEAD = np.int32(-(2**31))  # the segment of keys that do not exist
 

@@ -306,7 +306,10 @@ class Config:
 # Dataclass decorators of subclasses would put a field-by-field hash in the place of the cached one.
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
-    """Class decorator of a family's configuration: a frozen, keyword-only dataclass with `Config`'s cached hash."""
+    """Class decorator of a family's configuration: a frozen, keyword-only dataclass with `Config`'s cached hash.
+
+    Of several bases the first one's defaults hold, also those of fields that it has only from `Config`.
+    """
     made = dataclass(frozen=True, kw_only=True)(cls)
     type.__setattr__(made, "__hash__", Config.__hash__)
     return made

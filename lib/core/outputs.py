@@ -80,6 +80,17 @@ class LogitsOutput(Output):
 
 
 @output
+class DoubleHeadsOutput(Output):
+    """`logits` [B, choices, T, V] of the next word and `mc_logits` [B, choices] of the best continuation."""
+
+    logits: Array
+    mc_logits: Array
+    cache: Any = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
 class PreTrainingOutput(Output):
     """BERT's two objectives: `prediction_logits` [B, T, V] and `seq_relationship_logits` [B, 2]."""
 
@@ -123,6 +134,38 @@ class MaskedImageModelingOutput(Output):
 
 
 @output
+class TextEmbedsOutput(Output):
+    """`text_embeds` [B, D] in the space of both towers, not normalised, and `last_hidden_state` [B, T, E]."""
+
+    text_embeds: Array
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
+class ImageEmbedsOutput(Output):
+    """`image_embeds` [B, D] in the space of both towers, not normalised, and `last_hidden_state` [B, 1 + N, E]."""
+
+    image_embeds: Array
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
+class TwoTowersOutput(Output):
+    """Similarities of I images and T texts, [I, T] and [T, I]; their vectors, of length 1; what the towers return."""
+
+    logits_per_image: Array
+    logits_per_text: Array
+    text_embeds: Array
+    image_embeds: Array
+    text_model_output: BaseModelOutput
+    vision_model_output: BaseModelOutput
+
+
+@output
 class Seq2SeqOutput(Output):
     """An encoder-decoder's `last_hidden_state` [B, T, H] of the decoder, and the encoder's [B, S, H]."""
 
@@ -157,6 +200,48 @@ class Seq2SeqQuestionAnsweringOutput(Output):
     start_logits: Array
     end_logits: Array
     cache: Any = None
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+
+
+@output
+class DetectionModelOutput(Output):
+    """States of the queries [B, Q, E] and of the map's places [B, S, E]; of all layers [L, B, Q, E] if auxiliary."""
+
+    last_hidden_state: Array
+    decoder_hidden_states: tuple[Array, ...] | None = None
+    decoder_attentions: tuple[Array, ...] | None = None
+    cross_attentions: tuple[Array, ...] | None = None
+    encoder_last_hidden_state: Array | None = None
+    encoder_hidden_states: tuple[Array, ...] | None = None
+    encoder_attentions: tuple[Array, ...] | None = None
+    intermediate_hidden_states: Array | None = None
+
+
+@output
+class FoundOutput(Output):
+    """Classes and boxes that one layer's states give; see `DetectionOutput`."""
+
+    logits: Array
+    pred_boxes: Array
+
+
+@output
+class DetectionOutput(Output):
+    """`logits` [B, Q, labels + 1] (the last: no object), `pred_boxes` [B, Q, 4]: centre, width, height in 0 to 1.
+
+    `pred_masks` [B, Q, H / 4, W / 4] of a segmentation; `auxiliary_outputs` of all decoder layers but the last.
+    """
+
+    logits: Array
+    pred_boxes: Array
+    pred_masks: Array | None = None
+    auxiliary_outputs: tuple[FoundOutput, ...] | None = None
+    last_hidden_state: Array | None = None
     decoder_hidden_states: tuple[Array, ...] | None = None
     decoder_attentions: tuple[Array, ...] | None = None
     cross_attentions: tuple[Array, ...] | None = None

@@ -7,24 +7,22 @@ quantizer, from those of other frames. Beside BERT's blocks (post-norm) larger c
 arXiv:2305.13516). Most speech encoders here descend from it.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import ConfigError, check_multiple, config
+from formax.core.config import check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import SpeechOutput
 from formax.core.rng import split
 from formax.core.spec import At, Entry, Spec, fold, normal, stack_of, table
 from formax.layers import mlp, norm, speech, speech_heads
 from formax.layers.attention import Mask, attention_spec, self_attention
-from formax.layers.dropout import dropout
+from formax.layers.dropout import dropout, layer_drop
 from formax.layers.heads import with_heads
-from formax.layers.linear import linear, linear_spec
+from formax.layers.linear import linear_spec
 from formax.layers.speech import AdaptedSpeechConfig
 from formax.layers.speech_heads import between
 
@@ -140,31 +138,15 @@ def encode(
     The states are the weighted sum of all layers' where `p` has weights for it; T and E are the adapter's where there
     is one. `attention_mask` is of samples; `mask_time_indices` [B, T], which frames to hide, is of frames.
     """
-    speech.check_samples(c, input_values)
-    frames, keys = speech.frame_lengths(c, input_values.shape[1]), split(key, 4)
-    real = None if attention_mask is None else speech.real_frames(c, attention_mask, frames)
-    with tap.scope("embed"):
-        own = p["embed"]
-        found = tap.tap("features", speech.features(own["conv"], c, input_values))
-        found = norm.layer(own["features_norm"], found, c.layer_norm_eps)
-        x = dropout(linear(own["project"], found), c.feat_proj_dropout, keys[0])
-        x = speech.hide(own, c, x, mask_time_indices, real, keys[1])
-        if real is not None:
-            x = jnp.where(real[..., None], x, 0)
-        x = x + tap.tap("position", speech.positions(own["position"], c, x))
-        if "norm" in own:
-            x = norm.layer(own["norm"], x, c.layer_norm_eps)
-        x = tap.tap("out", dropout(x, c.hidden_dropout, keys[2]))
+    *first, k_layers = split(key, 4)
+    x, found, real = speech.embed_waveform(p["embed"], c, input_values, attention_mask, mask_time_indices, first)
     mask, one = Mask(keys=real), stable_block if c.do_stable_layer_norm else block
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         inner, skip = split(key, 2)
-        y = one(p, c, x, mask, inner)
-        if skip is not None:  # a layer as a whole is left out now and then (Fan et al. 2019, arXiv:1909.11556)
-            y = jnp.where(jax.random.bernoulli(skip, c.layerdrop), x, y)
-        return y, x
+        return layer_drop(x, one(p, c, x, mask, inner), c.layerdrop, skip), x
 
-    x, before = fold(run, p.get("layers", ()), x, key=keys[3])
+    x, before = fold(run, p.get("layers", ()), x, key=k_layers)
     if "norm" in p:
         x = tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_eps))
     if "layer_weights" in p:
@@ -202,23 +184,8 @@ def language_leaves(spec: Spec) -> list[Entry]:
     return adapters + [entry for entry in entries if entry.path[0] == "head"]
 
 
-def _no_adapter(spec: Callable[[Wav2Vec2Config], Spec]) -> Callable[[Wav2Vec2Config], Spec]:
-    """The spec of a head that the reference has on states of full length only."""
-
-    def checked(c: Wav2Vec2Config) -> Spec:
-        if c.add_adapter:
-            raise ConfigError("add_adapter=True: classifiers of recordings and of frames have no adapter before them")
-        return spec(c)
-
-    return checked
-
-
 _with = partial(with_heads, "wav2vec2", model_spec)
-_words = between("head", "lm_head", "hidden_size", "vocab_size")
-_labels = between("head", "classifier", "hidden_size", "num_labels")
-_recording = between("projector", "projector", "hidden_size", "classifier_proj_size")
-_projected = between("head", "classifier", "classifier_proj_size", "num_labels")
-_weights = speech_heads.layer_weights
+_ctc, *_labels = speech_heads.encoder_heads("Wav2Vec2", "wav2vec2", model_spec, encode)
 
 FAMILY = Family(
     "wav2vec2",
@@ -234,26 +201,14 @@ FAMILY = Family(
             pretraining,
             inputs=pretraining,
         ),
-        Architecture("Wav2Vec2ForCTC", "ForCTC", _with(between("head", "lm_head", "states_size", "vocab_size")), ctc),
-        Architecture("Wav2Vec2ForMaskedLM", "ForMaskedLM", _with(_words), masked_lm),
+        _ctc,
         Architecture(
-            "Wav2Vec2ForSequenceClassification",
-            "ForAudioClassification",
-            _no_adapter(_with(_weights, _recording, _projected)),
-            speech_heads.audio_classification(encode),
+            "Wav2Vec2ForMaskedLM",
+            "ForMaskedLM",
+            _with(between("head", "lm_head", "hidden_size", "vocab_size")),
+            masked_lm,
         ),
-        Architecture(
-            "Wav2Vec2ForAudioFrameClassification",
-            "ForAudioFrameClassification",
-            _no_adapter(_with(_weights, _labels)),
-            speech_heads.frame_classification(encode),
-        ),
-        Architecture(
-            "Wav2Vec2ForXVector",
-            "ForAudioXVector",
-            _with(_weights, speech_heads.xvector_spec),
-            speech_heads.xvector(encode),
-        ),
+        *_labels,
     ),
     flax=Port(
         ("Wav2Vec2Model", "Wav2Vec2ForCTC", "Wav2Vec2ForPreTraining"),

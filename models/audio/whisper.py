@@ -5,42 +5,34 @@ norm after the last and no bias on keys. The encoder halves the frames by two co
 (stored, not trained) and always hears the same number of frames; the decoder's word table is the output.
 """
 
-import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import Config, ConfigError, check_multiple, config
+from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, constant, fold, normal, optional, stack_of
-from formax.layers import embed, heads, norm, seq2seq_heads, speech
-from formax.layers.activations import activation, check_activation
+from formax.layers import embed, heads, norm, seq2seq_heads, speech, transformer
+from formax.layers.activations import activation
 from formax.layers.attention import Mask
 from formax.layers.conv import channels_last, conv, conv_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.seq2seq import decoder_mask, states_of
-from formax.layers.spec_augment import drawn_spans
-from formax.models.text.bart import EPS, block, block_spec, check_memory, init_cache
+from formax.layers.seq2seq import decoder_mask, memory_of, states_of
+from formax.layers.spec_augment import SpecAugmentConfig, augment
+from formax.layers.transformer import TransformerConfig, pre_norm
 
 
 @config
-class WhisperConfig(Config):
+class WhisperConfig(TransformerConfig, SpecAugmentConfig):
     """`config.json` of model type "whisper"."""
 
     model_type: ClassVar[str] = "whisper"
-    attribute_map: ClassVar = {
-        "hidden_size": "d_model",
-        "initializer_range": "init_std",
-        "num_attention_heads": "encoder_attention_heads",
-        "num_key_value_heads": "encoder_attention_heads",
-    }
+    attribute_map: ClassVar = {**TransformerConfig.attribute_map, "num_key_value_heads": "encoder_attention_heads"}
 
     vocab_size: int = 51865
     num_mel_bins: int = 80
@@ -50,17 +42,10 @@ class WhisperConfig(Config):
     decoder_attention_heads: int = 6
     decoder_ffn_dim: int = 1536
     encoder_ffn_dim: int = 1536
-    encoder_layerdrop: float = 0.0
-    decoder_layerdrop: float = 0.0
     decoder_start_token_id: int | None = 50257
     use_cache: bool = True
-    is_encoder_decoder: bool = True
-    activation_function: str = "gelu"
     d_model: int = 384
     dropout: float = 0.0
-    attention_dropout: float = 0.0
-    activation_dropout: float = 0.0
-    init_std: float = 0.02
     scale_embedding: bool = False  # no code has ever read it
     max_source_positions: int = 1500
     max_target_positions: int = 448
@@ -72,39 +57,17 @@ class WhisperConfig(Config):
     use_weighted_layer_sum: bool = False
     classifier_proj_size: int = 256
     apply_spec_augment: bool = False
-    mask_time_prob: float = 0.05
-    mask_time_length: int = 10
-    mask_time_min_masks: int = 2
-    mask_feature_prob: float = 0.0
-    mask_feature_length: int = 10
-    mask_feature_min_masks: int = 0
     median_filter_width: int = 7
 
     def check(self) -> None:
-        for part in ("encoder", "decoder"):
-            check_multiple(self, "d_model", f"{part}_attention_heads")
+        super().check()
         if self.d_model % 2 or self.d_model < 4:
             raise ConfigError(f"d_model={self.d_model} must be even and at least 4, for sines and as many cosines")
-        check_activation(self.activation_function, "activation_function")
-
-
-def sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Sines, then cosines, of waves from 2 pi to 20000 pi long, at positions 0, 1, ...: [positions, size]."""
-    rows, size = shape
-    rates = jnp.exp(-math.log(10000) / (size // 2 - 1) * jnp.arange(size // 2))
-    angles = jnp.arange(rows)[:, None] * rates
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
-
-
-def pre_norm(p: Any, x: jax.Array, part: Any, rate: float, key: Any) -> Any:
-    """A part sees its input normalised, and adds to it: [B, T, E] -> ([B, T, E], cache)."""
-    h, cache = part(norm.layer(p, x, EPS))
-    return x + dropout(h, rate, key), cache
 
 
 def stack_spec(c: WhisperConfig, part: str, embeddings: Spec) -> Spec:
     """Embeddings, layers and last norm of the encoder or the decoder."""
-    blocks = [block_spec(c, part, bias="qvo")] * getattr(c, f"{part}_layers")
+    blocks = [transformer.block_spec(c, part, bias="qvo")] * getattr(c, f"{part}_layers")
     last = norm.layer_spec("layer_norm", c.d_model)
     return At(part, {"embed": embeddings, "layers": stack_of("layers", blocks), "norm": last})
 
@@ -113,7 +76,7 @@ def encoder_spec(c: WhisperConfig) -> dict[str, Spec]:
     """Convolutions, positions and layers."""
     make = partial(conv_spec, d_out=c.d_model, window=(3,), init=normal(c.init_std))
     shape = (c.max_source_positions, c.d_model)
-    table = Param(shape, (None, "embed"), "weight", sinusoids, buffer=True, tf="weight")
+    table = Param(shape, (None, "embed"), "weight", embed.sinusoids, buffer=True, tf="weight")
     embeddings = {
         "conv1": make("conv1", c.num_mel_bins),
         "conv2": make("conv2", c.d_model),
@@ -154,22 +117,10 @@ def hear(p: Any, c: WhisperConfig, features: Any, key: Any) -> Any:
             x = tap.tap("out", dropout(x + own["position"]["embedding"].astype(x.dtype), c.dropout, k_embed))
 
         def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-            return block(p, c, "encoder", x, Mask(), None, None, None, key, pre_norm)[0], x
+            return transformer.block(p, c, "encoder", x, Mask(), None, None, None, key, pre_norm)[0], x
 
         x, before = fold(run, p["encoder"].get("layers", ()), x, key=k_layers)
-        return tap.tap("last", norm.layer(p["encoder"]["norm"], x, EPS)), before
-
-
-def augment(c: WhisperConfig, features: jax.Array, attention_mask: Any, key: Any) -> jax.Array:
-    """SpecAugment, under a key: spans of frames (of those that `attention_mask` [B, frames] has) and of mels are 0."""
-    if key is None or not c.apply_spec_augment:
-        return features
-    rows, mels, frames = features.shape
-    real = None if attention_mask is None else attention_mask.sum(-1)
-    hidden, zeroed = drawn_spans(key, c, rows, frames, mels, lengths=real)
-    if hidden is not None:
-        features = jnp.where(hidden[:, None], 0, features)
-    return features if zeroed is None else jnp.where(zeroed[:, :, None], 0, features)
+        return transformer.last_norm(p["encoder"], x), before
 
 
 def encode(
@@ -197,18 +148,13 @@ def decode(
     k_embed, k_layers = split(key, 2)
     memory = None if encoder_outputs is None else states_of(encoder_outputs)
     mask = decoder_mask(attention_mask, cache)
-
-    def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        return block(p, c, "decoder", x, mask, memory, Mask(), cache, key, pre_norm)
-
     with tap.scope("decoder"):
         with tap.scope("embed"):
             x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
             positions = mask.q_offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
             x = x + embed.embed(p["decoder"]["embed"]["position"], positions)
             x = tap.tap("out", dropout(x, c.dropout, k_embed))
-        x, cache = fold(run, p["decoder"].get("layers", ()), x, cache=cache, key=k_layers)
-        return tap.tap("last", norm.layer(p["decoder"]["norm"], x, EPS)), cache
+        return transformer.decoder_layers(p, c, x, mask, memory, Mask(), cache, k_layers, pre_norm)
 
 
 def run_both(
@@ -229,13 +175,8 @@ def run_both(
     In the place of `input_features` the encoder's states [B, S, E] may be given, or a cache that has seen them.
     """
     k_encoder, k_decoder = split(key, 2)
-    memory = None
-    if encoder_outputs is not None:
-        memory = states_of(encoder_outputs)
-    elif input_features is not None or cache is None:
-        memory = encode(p, c, input_features, attention_mask, k_encoder).last_hidden_state
-    else:
-        check_memory(cache)
+    read = partial(encode, p, c, input_features, attention_mask, k_encoder)
+    memory = memory_of(read, (input_features,), encoder_outputs, cache)
     own = decoder_inputs_embeds, decoder_position_ids
     x, cache = decode(p, c, decoder_input_ids, decoder_attention_mask, memory, *own, cache, k_decoder)
     return Seq2SeqOutput(last_hidden_state=x, cache=cache, encoder_last_hidden_state=memory)
@@ -268,6 +209,8 @@ def classifier_spec(c: WhisperConfig) -> dict[str, Spec]:
 
 
 _words = heads.lm_head("proj_out", flax="lm_head")
+words_spec = heads.with_heads("model", model_spec, _words)
+conditional_generation = seq2seq_heads.conditional_generation(run_both)
 _seq2seq = partial(Architecture, methods={"encode": encode})
 
 FAMILY = Family(
@@ -276,14 +219,14 @@ FAMILY = Family(
     base="model",
     inputs=run_both,
     relative="bart",
-    init_cache=init_cache,
+    init_cache=transformer.init_cache,
     architectures=(
         _seq2seq("WhisperModel", "", model_spec, run_both),
         _seq2seq(
             "WhisperForConditionalGeneration",
             "ForSpeechSeq2Seq",
-            heads.with_heads("model", model_spec, _words),
-            seq2seq_heads.conditional_generation(run_both),
+            words_spec,
+            conditional_generation,
             also=("ForPreTraining",),
         ),
         Architecture(
@@ -293,13 +236,7 @@ FAMILY = Family(
             audio_classification,
             inputs=audio_classification,
         ),
-        Architecture(
-            "WhisperForCausalLM",
-            "ForCausalLM",
-            heads.with_heads("model", decoder_spec, _words),
-            heads.causal_lm(decode),
-            inputs=decode,
-        ),
+        seq2seq_heads.lone_decoder("Whisper", "model", decoder_spec, decode, _words),
     ),
     flax=Port(
         ("WhisperModel", "WhisperForConditionalGeneration", "WhisperForAudioClassification"),

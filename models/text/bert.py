@@ -17,12 +17,13 @@ from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, optional, stack_of
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import embed, heads, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import attention_spec, cross_attention, from_attention_mask, self_attention
 from formax.layers.attention.bias import relative_key_bias, relative_key_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
+from formax.layers.seq2seq import decoder_mask
 
 
 @config
@@ -157,9 +158,8 @@ def encode(
     if cache is not None and not c.is_decoder:
         raise ValueError("a cache needs is_decoder=True: an encoder's states change with every token that follows")
     k_embed, k_layers = split(key, 2)
-    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
-    x = embeddings(p["embed"], c, input_ids, token_type_ids, position_ids, inputs_embeds, offset, k_embed)
-    mask = from_attention_mask(attention_mask, causal=c.is_decoder, q_offset=offset, keys=room)
+    mask = decoder_mask(attention_mask, cache) if c.is_decoder else from_attention_mask(attention_mask)
+    x = embeddings(p["embed"], c, input_ids, token_type_ids, position_ids, inputs_embeds, mask.q_offset, k_embed)
     cross_mask = from_attention_mask(encoder_attention_mask)
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
@@ -206,13 +206,9 @@ def init_cache(c: BertConfig, batch: int, length: int, encoder_length: int, dtyp
     """Empty caches of a decoder's layers, with room for `length` positions and an encoder's `encoder_length` states."""
     if not c.is_decoder:
         return None
-    empty = partial(KVCache.empty, batch, head_dim=c.head_dim, dtype=dtype)
-
-    def layer(i: int) -> dict[str, KVCache | None]:
-        cross = empty(length=encoder_length, heads=c.num_attention_heads) if encoder_length else None
-        return {"attn": empty(length=length, heads=c.heads_of(i)), "cross": cross}
-
-    return tuple(map(layer, range(c.num_hidden_layers)))
+    counts = list(map(c.heads_of, range(c.num_hidden_layers)))
+    sizes = {"head_dim": c.head_dim, "cross_heads": c.num_attention_heads}
+    return seq2seq.caches(counts, batch, length, encoder_length or None, dtype, **sizes)
 
 
 _plain, _pooled = partial(heads.with_heads, "bert", encoder_spec), partial(heads.with_heads, "bert", model_spec)

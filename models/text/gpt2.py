@@ -15,14 +15,15 @@ from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.layout import SAME
-from formax.core.outputs import Array, BaseModelOutput, Output, output
+from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, stack_of
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import embed, heads, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import cross_attention, from_attention_mask, self_attention
 from formax.layers.dropout import dropout
 from formax.layers.linear import fused_spec, linear_spec
+from formax.layers.seq2seq import decoder_mask
 
 
 @config
@@ -80,17 +81,6 @@ class GPT2Config(Config):
         """Factor on a layer's attention scores."""
         scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
-
-
-@output
-class DoubleHeadsOutput(Output):
-    """`logits` [B, choices, T, V] of the next word and `mc_logits` [B, choices] of the best continuation."""
-
-    logits: Array
-    mc_logits: Array
-    cache: Any = None
-    hidden_states: tuple[Array, ...] | None = None
-    attentions: tuple[Array, ...] | None = None
 
 
 def block_spec(c: GPT2Config, layer: int) -> dict[str, Spec]:
@@ -175,16 +165,14 @@ def decode(
     """Embeddings, all layers and the last norm: ids [B, T] -> (states [B, T, E], cache)."""
     embed.check_inputs(input_ids, inputs_embeds, c.n_positions)
     k_embed, k_layers = split(key, 2)
-    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
+    mask, cross_mask = decoder_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
     with tap.scope("embed"):
         x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
-        positions = offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
+        positions = mask.q_offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
         x = x + embed.embed(p["embed"]["position"], positions)
         if token_type_ids is not None:  # speakers are words here
             x = x + embed.embed(p["embed"]["word"], token_type_ids)
         x = tap.tap("out", dropout(x, c.embd_pdrop, k_embed))
-    mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
-    cross_mask = from_attention_mask(encoder_attention_mask)
 
     def run(p: Any, x: Any, cache: Any, key: Any, scale: Any) -> Any:
         return block(p, c, x, scale, mask, cross_mask, encoder_hidden_states, cache, key)
@@ -200,47 +188,11 @@ def model(p: Any, c: GPT2Config, input_ids: Any = None, **inputs: Any) -> BaseMo
     return BaseModelOutput(last_hidden_state=x, cache=cache)
 
 
-def double_heads(
-    p: Any,
-    c: GPT2Config,
-    input_ids: Any = None,
-    attention_mask: Any = None,
-    token_type_ids: Any = None,
-    position_ids: Any = None,
-    inputs_embeds: Any = None,
-    mc_token_ids: Any = None,
-    key: Any = None,
-) -> DoubleHeadsOutput:
-    """The next word [B, choices, T, V] and a score of each choice [B, choices]; inputs are [B, choices, T].
-
-    `mc_token_ids` [B, choices] are the positions that the scores are made from, the last ones by default.
-    """
-    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
-    given = zip(names, (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds), strict=True)
-    rows, shape = heads.as_rows(dict(given))
-    x, _ = decode(p, c, key=key, **rows)
-    x = x.reshape(*shape, *x.shape[1:])
-    scores = heads.summary(p, c, x, mc_token_ids, key)
-    return DoubleHeadsOutput(
-        logits=heads.lm_logits(p, x), mc_logits=scores[..., 0] if scores.shape[-1] == 1 else scores
-    )
-
-
 def init_cache(c: GPT2Config, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
     """Empty caches of all layers, with room for `length` positions and an encoder's `encoder_length` states."""
-    empty = partial(KVCache.empty, batch, head_dim=c.head_dim, dtype=dtype)
-
-    def layer(i: int) -> dict[str, KVCache | None]:
-        cross = empty(length=encoder_length, heads=c.n_head) if encoder_length else None
-        return {"attn": empty(length=length, heads=c.heads_of(i)), "cross": cross}
-
-    return tuple(map(layer, range(c.n_layer)))
-
-
-def double_spec(c: GPT2Config) -> dict[str, Spec]:
-    """The next word and the summary."""
-    summary = heads.summary_spec("multiple_choice_head.summary", c, 1)
-    return {**heads.with_heads("transformer", model_spec, heads.lm_head())(c), **summary}
+    counts = list(map(c.heads_of, range(c.n_layer)))
+    sizes = {"head_dim": c.head_dim, "cross_heads": c.n_head}
+    return seq2seq.caches(counts, batch, length, encoder_length or None, dtype, **sizes)
 
 
 FAMILY = Family(
@@ -252,7 +204,7 @@ FAMILY = Family(
     architectures=(
         Architecture("GPT2Model", "", model_spec, model),
         *heads.decoder_heads("GPT2", "transformer", model_spec, decode, lm="LMHeadModel", token="classifier"),
-        Architecture("GPT2DoubleHeadsModel", "ForDoubleHeads", double_spec, double_heads, inputs=double_heads),
+        heads.double_heads("GPT2DoubleHeadsModel", "transformer", model_spec, decode),
     ),
     flax=Port(("GPT2Model", "GPT2LMHeadModel")),
     tf=Port(("GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification")),

@@ -13,16 +13,16 @@ import jax
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput, LogitsOutput, Seq2SeqOutput
+from formax.core.outputs import BaseModelOutput, LogitsOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, Tied, fold, normal, optional, stack_of
-from formax.layers import embed, heads, mlp, norm, seq2seq_heads
+from formax.layers import embed, heads, mlp, norm, seq2seq, seq2seq_heads
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import attention_spec, cross_attention, from_attention_mask, self_attention
 from formax.layers.attention.bias import bucketed_bias, bucketed_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear_spec
-from formax.layers.seq2seq import decoder_mask, shift_right, states_of
+from formax.layers.seq2seq import decoder_mask
 
 
 @config
@@ -184,36 +184,27 @@ def encode(
     return BaseModelOutput(last_hidden_state=x)
 
 
-def run_both(
+def decode(
     p: Any,
     c: T5Config,
     input_ids: Any = None,
     attention_mask: Any = None,
-    decoder_input_ids: Any = None,
-    decoder_attention_mask: Any = None,
-    encoder_outputs: Any = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Any = None,
     inputs_embeds: Any = None,
-    decoder_inputs_embeds: Any = None,
     cache: Any = None,
     key: Any = None,
-) -> Seq2SeqOutput:
-    """Encoder and decoder: ids [B, S] and [B, T] -> the decoder's states [B, T, E].
-
-    In the place of `input_ids` the encoder's states [B, S, E] may be given, or a cache that has seen them.
-    """
-    k_encoder, k_decoder = split(key, 2)
-    memory = None
-    if encoder_outputs is not None:
-        memory = states_of(encoder_outputs)
-    elif input_ids is not None or inputs_embeds is not None or cache is None:
-        memory = encode(p, c, input_ids, attention_mask, inputs_embeds, k_encoder).last_hidden_state
-    embed.check_inputs(decoder_input_ids, decoder_inputs_embeds, None, "decoder_")
+) -> Any:
+    """The decoder: ids [B, T] and the encoder's states [B, S, E] -> (states [B, T, E], cache)."""
+    embed.check_inputs(input_ids, inputs_embeds, None, "decoder_")
+    mask, memory_mask = decoder_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
     with tap.scope("decoder"):
-        given = decoder_inputs_embeds
-        x = embed.embed(p["embed"]["word"], decoder_input_ids) if given is None else given
-        mask = decoder_mask(decoder_attention_mask, cache)
-        x, cache = run_stack(p["decoder"], c, x, mask, memory, from_attention_mask(attention_mask), cache, k_decoder)
-    return Seq2SeqOutput(last_hidden_state=x, cache=cache, encoder_last_hidden_state=memory)
+        x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
+        return run_stack(p["decoder"], c, x, mask, encoder_hidden_states, memory_mask, cache, key)
+
+
+run_both = seq2seq.both(encode, decode)
+_decoded = seq2seq.both(encode, decode, shifted=seq2seq.after_start)  # of the heads that give labels
 
 
 def encoder_spec(c: T5Config) -> dict[str, Spec]:
@@ -239,14 +230,9 @@ def _words(p: Any, c: T5Config, x: jax.Array) -> jax.Array:
     return heads.lm_logits(p, x * c.d_model**-0.5 if c.tie_word_embeddings else x)
 
 
-def _decoded(p: Any, c: T5Config, input_ids: Any = None, **inputs: Any) -> Seq2SeqOutput:
-    """Both stacks, where the decoder reads the same text, shifted, unless told otherwise."""
-    given = inputs.get("decoder_input_ids"), inputs.get("decoder_inputs_embeds")
-    if all(x is None for x in given):
-        if input_ids is None:
-            raise ValueError("without input_ids the decoder needs decoder_input_ids or decoder_inputs_embeds")
-        inputs = {**inputs, "decoder_input_ids": shift_right(input_ids, c.decoder_start_token_id, c.pad_token_id)}
-    return run_both(p, c, input_ids, **inputs)
+conditional_generation = seq2seq_heads.conditional_generation(run_both, _words)
+sequence_classification = seq2seq_heads.sequence_classification(_decoded)
+question_answering = seq2seq_heads.question_answering(_decoded)
 
 
 def token_classification(p: Any, c: T5Config, input_ids: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
@@ -265,11 +251,19 @@ def _linear(name: str, c: T5Config, *, std: float) -> dict[str, Spec]:
     return {"head": optional(linear_spec(name, c.d_model, c.num_labels, ("embed", None), init=init))}
 
 
+def spans_spec(c: T5Config) -> dict[str, Spec]:
+    """The whole model with a head for spans."""
+    return {**model_spec(c), **_linear("qa_outputs", c, std=c.d_model**-0.5)}
+
+
+texts_spec = heads.with_heads("transformer", model_spec, _labels)
+tokens_spec = heads.with_heads("transformer", encoder_spec, partial(_linear, "classifier", std=1.0))
+
+
 def init_cache(c: T5Config, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
     """Empty caches of the decoder, with room for `length` positions and the encoder's `encoder_length` states."""
-    empty = partial(KVCache.empty, batch, heads=c.num_heads, head_dim=c.d_kv, dtype=dtype)
-    depth = c.num_decoder_layers or c.num_layers
-    return tuple({"attn": empty(length=length), "cross": empty(length=encoder_length)} for _ in range(depth))
+    counts = [c.num_heads] * (c.num_decoder_layers or c.num_layers)
+    return seq2seq.caches(counts, batch, length, encoder_length, dtype, head_dim=c.d_kv, cross_heads=c.num_heads)
 
 
 _seq2seq = partial(Architecture, methods={"encode": encode})
@@ -286,32 +280,14 @@ FAMILY = Family(
     architectures=(
         _seq2seq("T5Model", "", model_spec, run_both),
         _seq2seq(
-            "T5ForConditionalGeneration",
-            "ForSeq2SeqLM",
-            words_spec,
-            seq2seq_heads.conditional_generation(run_both, _words),
-            also=("ForPreTraining",),
+            "T5ForConditionalGeneration", "ForSeq2SeqLM", words_spec, conditional_generation, also=("ForPreTraining",)
         ),
         Architecture("T5EncoderModel", "ForTextEncoding", encoder_spec, encode, inputs=encode),
-        _seq2seq(
-            "T5ForSequenceClassification",
-            "ForSequenceClassification",
-            heads.with_heads("transformer", model_spec, _labels),
-            seq2seq_heads.sequence_classification(_decoded),
-        ),
+        _seq2seq("T5ForSequenceClassification", "ForSequenceClassification", texts_spec, sequence_classification),
         Architecture(
-            "T5ForTokenClassification",
-            "ForTokenClassification",
-            heads.with_heads("transformer", encoder_spec, partial(_linear, "classifier", std=1.0)),
-            token_classification,
-            inputs=encode,
+            "T5ForTokenClassification", "ForTokenClassification", tokens_spec, token_classification, inputs=encode
         ),
-        _seq2seq(
-            "T5ForQuestionAnswering",
-            "ForQuestionAnswering",
-            lambda c: {**model_spec(c), **_linear("qa_outputs", c, std=c.d_model**-0.5)},
-            seq2seq_heads.question_answering(_decoded),
-        ),
+        _seq2seq("T5ForQuestionAnswering", "ForQuestionAnswering", spans_spec, question_answering),
     ),
     flax=Port(_PORTED),
     tf=Port(_PORTED, base="", repeats={"encoder": "shared/", "decoder": "shared/"}),

@@ -51,6 +51,7 @@ class ResNetInsideConfig(Config):
     dilation: bool | None = False
 
     def check(self) -> None:
+        super().check()
         kind = None if self.backbone_config is None else self.backbone_config.extra.get("model_type")
         if kind is not None:
             raise ConfigError(f"backbone_config has model_type={kind!r}; formax has {self.model_type} over 'resnet'")

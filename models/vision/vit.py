@@ -10,22 +10,22 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.layout import Patch, Reshape
+from formax.core.layout import Reshape
 from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
-from formax.layers import heads, mlp, norm
+from formax.layers import heads, image_heads, mlp, norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
-from formax.layers.conv import embed_patches, patch_spec
+from formax.layers.conv import patch_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.resize import Size, check_pixels, grid_of, pair, stretch_positions
+from formax.layers.patches import embed_image
+from formax.layers.resize import Size, grid_of, pair
 
 
 @config
@@ -119,30 +119,6 @@ def model_spec(c: ViTConfig) -> dict[str, Spec]:
     return {**encoder_spec(c), "pooler": optional(dense)}
 
 
-def class_token_first(p: Any, x: jax.Array) -> jax.Array:
-    """[B, N, E] -> [B, 1 + N, E]."""
-    token = jnp.broadcast_to(p["embedding"].astype(x.dtype), (len(x), 1, x.shape[-1]))
-    return jnp.concatenate([token, x], axis=1)
-
-
-def embeddings(p: Any, c: ViTConfig, pixels: Any, hidden: Any, stretch: bool, key: Any) -> jax.Array:
-    """Class token and patches (the `hidden` ones replaced) with their positions: [B, C, height, width] -> [B, T, E]."""
-    grid = check_pixels(pixels, c, stretch)
-    if hidden is not None and "mask" not in p:
-        raise ValueError("bool_masked_pos needs a model for masked image modelling: this one has no token for masks")
-    if hidden is not None and hidden.shape != (len(pixels), grid[0] * grid[1]):
-        raise ValueError(
-            f"bool_masked_pos must be {(len(pixels), grid[0] * grid[1])} [batch, patches], got {hidden.shape}"
-        )
-    with tap.scope("embed"):
-        x = embed_patches(p["patch"], pixels.astype(p["patch"]["kernel"].dtype), pair(c.patch_size))
-        if hidden is not None:
-            x = jnp.where(hidden[..., None] != 0, p["mask"]["embedding"].astype(x.dtype), x)
-        own = grid_of(c.image_size, c.patch_size)
-        x = class_token_first(p["cls"], x) + stretch_positions(p["position"]["embedding"], own, grid).astype(x.dtype)
-        return tap.tap("out", dropout(x, c.hidden_dropout_prob, key))
-
-
 def encode(
     p: Any,
     c: ViTConfig,
@@ -153,7 +129,9 @@ def encode(
 ) -> jax.Array:
     """States of the class token and of the patches, row by row: [B, C, height, width] -> [B, 1 + N, E]."""
     k_embed, k_layers = split(key, 2)
-    x = embeddings(p["embed"], c, pixel_values, bool_masked_pos, interpolate_pos_encoding, k_embed)
+    with tap.scope("embed"):
+        x = embed_image(p["embed"], c, pixel_values, stretch=interpolate_pos_encoding, hidden=bool_masked_pos)
+        x = tap.tap("out", dropout(x, c.hidden_dropout_prob, k_embed))
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, x, key), cache
@@ -169,23 +147,12 @@ def model(p: Any, c: ViTConfig, pixel_values: Any = None, **inputs: Any) -> Base
     return BaseModelOutput(last_hidden_state=x, pooler_output=tap.tap("pooler", pooled))
 
 
-def classifier(c: Any) -> dict[str, Spec]:
-    """A linear map to the labels; none when there are none."""
-    return heads.linear_head("classifier")(c) if c.num_labels else {}
-
-
 def image_classification(
     p: Any, c: ViTConfig, pixel_values: Any = None, interpolate_pos_encoding: bool = False, key: Any = None
 ) -> LogitsOutput:
     """A label for every image, from the class token: logits [B, labels] (without labels, its state [B, E])."""
     x = encode(p, c, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, key=key)[:, 0]
     return LogitsOutput(logits=linear(p["head"], x) if "head" in p else x)
-
-
-def pixel_decoder(c: ViTConfig) -> dict[str, Spec]:
-    """A linear map from a patch's state to its pixels, stored as the convolution of 1 x 1 that it is."""
-    size, init = c.encoder_stride**2 * c.num_channels, normal(c.initializer_range)
-    return {"head": linear_spec("decoder.0", c.hidden_size, size, ("embed", None), init=init, layout=Patch((1, 1)))}
 
 
 def masked_image_modeling(
@@ -196,13 +163,11 @@ def masked_image_modeling(
     Raises:
         ValueError: patches are masked, and what is made of them would not have the size of the image.
     """
-    s = c.encoder_stride
-    if bool_masked_pos is not None and pair(c.patch_size) != (s, s):
-        raise ValueError(f"bool_masked_pos needs patches of the encoder_stride={s}, patch_size is {c.patch_size}")
-    x = linear(p["head"], encode(p, c, pixel_values, bool_masked_pos, **inputs)[:, 1:])
-    rows, columns = grid_of(pixel_values.shape[2:], c.patch_size)
-    x = x.reshape(len(x), rows, columns, c.num_channels, s, s).transpose(0, 3, 1, 4, 2, 5)
-    return MaskedImageModelingOutput(reconstruction=x.reshape(len(x), c.num_channels, rows * s, columns * s))
+    if bool_masked_pos is not None:
+        image_heads.check_stride(c)
+    x = encode(p, c, pixel_values, bool_masked_pos, **inputs)[:, 1:]
+    grid = grid_of(pixel_values.shape[2:], c.patch_size)
+    return MaskedImageModelingOutput(reconstruction=image_heads.pixels(p, c, x, grid))
 
 
 _PORTED = ("ViTModel", "ViTForImageClassification")
@@ -218,14 +183,14 @@ FAMILY = Family(
         Architecture(
             "ViTForImageClassification",
             "ForImageClassification",
-            heads.with_heads("vit", encoder_spec, classifier),
+            heads.with_heads("vit", encoder_spec, image_heads.labels_spec),
             image_classification,
             inputs=image_classification,
         ),
         Architecture(
             "ViTForMaskedImageModeling",
             "ForMaskedImageModeling",
-            heads.with_heads("vit", partial(encoder_spec, masked=True), pixel_decoder),
+            heads.with_heads("vit", partial(encoder_spec, masked=True), image_heads.pixels_spec),
             masked_image_modeling,
         ),
     ),
