@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from formax.core import mesh
 from formax.layers.attention.kernel import (
     NOTHING,
     Facts,
@@ -52,12 +53,12 @@ def supports(p: Problem) -> str | None:
 
 
 def suits(p: Problem) -> str | None:
-    """Worth it from a block of queries on, and where XLA need not partition it."""
+    """Worth it from a block of queries on, where it is known over which devices a program is split."""
     if p.q.shape[1] < LANES:
         return f"{p.q.shape[1]} queries are less than a block of {LANES}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if target().platform == jax.default_backend() and jax.device_count() > 1 and not mesh.are_all_axes_manual:
-        return f"XLA cannot partition it over {jax.device_count()} devices: name it inside of jax.shard_map"
+    several = target().platform == jax.default_backend() and jax.device_count() > 1
+    if several and mesh.current() is None and jax.sharding.get_abstract_mesh().empty:
+        return f"one of {jax.device_count()} devices, or all? XLA cannot split it, jax.set_mesh can"
     return None
 
 
@@ -168,7 +169,7 @@ class Grid:
             found["whole"] = jnp.stack([jnp.broadcast_to(x, shape) for x in of_queries[1:3]], -1).reshape(-1)
         return found
 
-    def parts(self, given: Mapping[str, jax.Array]) -> dict[str, pl.BlockSpec]:
+    def parts(self, given: Mapping[str, Any]) -> dict[str, pl.BlockSpec]:
         """Which part of each array a step sees."""
         rows, keys = self.plan.rows, self.plan.keys
 
@@ -188,16 +189,16 @@ class Grid:
             places = [name if some else None for name, some in zip(("row", "head", "query", "key"), many, strict=True)]
             return part((None, None, rows if many[2] else 1, keys if many[3] else 1), *places)
 
-        kinds: dict[str, Callable[[jax.Array], pl.BlockSpec]] = {
+        kinds: dict[str, Callable[[Any], pl.BlockSpec]] = {
             "of queries": lambda x: part((None, None, rows, x.shape[3]), "row", "head", "query", None),
             "of keys": lambda x: part((None, None, keys, x.shape[3]), "row", "shared", "key", None),
-            "numbers": lambda x: part((None, None, 1, rows), "row", "head", None, "query"),
+            "of numbers": lambda x: part((None, None, 1, rows), "row", "head", None, "query"),
             "q_ids": lambda x: part((None, 1, rows), "row", None, "query"),
             "k_ids": lambda x: part((None, 1, keys), "row", None, "key"),
             "pairs": pairs,
         }
-        names = {"q": "of queries", "slope": "of queries", "k": "of keys", "v": "of keys", "logs": "numbers",
-                 "own": "numbers", "dense": "pairs", "added": "pairs"}  # fmt: skip
+        names = {"q": "of queries", "slope": "of queries", "k": "of keys", "v": "of keys", "logs": "of numbers",
+                 "own": "of numbers", "dense": "pairs", "added": "pairs"}  # fmt: skip
         return {name: kinds[names.get(name, name)](x) for name, x in given.items()}
 
 
@@ -350,7 +351,7 @@ def queries_kernel(grid: Grid, names: tuple[str, ...], *all_refs: Any) -> None:
     if more and not wants:  # tiles that are not computed have no slopes
 
         @pl.when(jnp.logical_not(at.active))
-        def _() -> None:
+        def clear() -> None:
             more[0][...] = jnp.zeros(more[0].shape, jnp.float32)
 
     @pl.when(at.last)
@@ -407,7 +408,7 @@ def call(
     arrays = {name: x for name, x in given.items() if name not in SCALARS}
     b, h, heads = len(given["q"]), given["q"].shape[1], given["k"].shape[1]
     steps = (b, heads, grid.blocks, grid.groups, grid.tiles) if grid.of_keys else (b, h, grid.blocks, grid.tiles)
-    inputs, placed = grid.parts(arrays), grid.parts({k: v for k, v in outputs.items() if k != "learned"})
+    inputs, placed = grid.parts(arrays), grid.parts({k: v for k, v in outputs.items() if k not in ("learned", "added")})
     if "learned" in outputs:
         width = grid.plan.width
         placed["learned"] = pl.BlockSpec((None, None, None, 1, width), lambda b, h, i, *_: (b, h, i, 0, 0))
@@ -425,7 +426,7 @@ def call(
         ),
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(steps) - 3),
+            dimension_semantics=[pltpu.PARALLEL] * 3 + [pltpu.ARBITRARY] * (len(steps) - 3)
         ),
         interpret=interpret,
         name=kernel.__name__,
