@@ -409,10 +409,10 @@ def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
     given = kernel.operands(problem(*qkv(z), mask=mask), plan)
     grid = pallas_tpu.Grid(plan, groups=2, of_keys=of_keys)
     needed = {name: np.asarray(x) for name, x in grid.needed({**given, **kernel.spans(plan, given)}).items()}
-    seen = mask.materialise(z.t, z.s)
-    seen = np.ones((1, 1, z.t, z.s), bool) if seen is None else np.asarray(seen)
+    table = mask.materialise(z.t, z.s)
+    seen = np.broadcast_to(True if table is None else np.asarray(table)[:, 0], (z.b, z.t, z.s))
     (queries, keys), (tp, sp) = plan.blocks, plan.padded
-    seen = np.pad(np.broadcast_to(seen[:, 0], (z.b, z.t, z.s)), ((0, 0), (0, tp - z.t), (0, sp - z.s)))
+    seen = np.pad(seen, ((0, 0), (0, tp - z.t), (0, sp - z.s)))
     parts = seen.reshape(z.b, queries, plan.rows, keys, plan.keys).transpose(0, 1, 3, 2, 4)
     rows, blocks, tiles = np.indices((z.b, grid.blocks, grid.tiles)).reshape(3, -1).astype(np.int32)
     ids = (rows, np.int32(0), blocks, *[0] * of_keys, tiles)
@@ -443,15 +443,13 @@ def test_blocks_of_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pallas_tpu.largest(192, 4) == (256, 512)
 
 
-def test_what_a_kernel_does_not_do() -> None:
-    for backend, platform in KERNELS.items():
-        with compile_for(platform):
-            for given, reason in (
-                ((shapes(256, 256, d=300), {}), "heads of 300 channels do not fit; 256 do"),
-                ((shapes(256, 256), {"dropout": 0.1, "key": jax.random.key(0)}), "drops no weights"),
-            ):
-                with pytest.raises(NotImplementedError, match=reason):
-                    attention(*given[0], backend=backend, **given[1])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_a_kernel_does_not_do(backend: str) -> None:
+    with within(backend):
+        with pytest.raises(NotImplementedError, match="heads of 300 channels do not fit; 256 do"):
+            attention(*shapes(256, 256, d=300), backend=backend)
+        with pytest.raises(NotImplementedError, match="drops no weights"):
+            attention(*shapes(256, 256), dropout=0.1, key=jax.random.key(0), backend=backend)
 
 
 def test_a_tpu_has_its_kernel() -> None:
@@ -468,3 +466,33 @@ def test_a_kernel_of_several_devices_needs_a_mesh(monkeypatch: pytest.MonkeyPatc
         assert "one of 8 devices, or all?" in explain_attention(*HALF)
         with jax.set_mesh(make_mesh(data=2, tensor=4)):
             assert "pallas_tpu   <- runs" in explain_attention(*HALF)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_over_a_mesh(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = Sizes(b=4, t=17)
+    given = options(z, "offset by row", "alibi", "sinks")
+    devices = make_mesh(data=2, tensor=2)
+    with jax.set_mesh(devices), within(backend):
+        check(partial(attention, backend=backend), z, given, slopes=False)
+
+    monkeypatch.undo()
+    slopes, arrays = slopes_of(backend, z, given)
+    with jax.set_mesh(devices), compile_for(KERNELS[backend]):  # which fails where XLA had to split the kernel
+        jax.jit(slopes).trace(*arrays).lower(lowering_platforms=(KERNELS[backend],))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_mapped(backend: str) -> None:
+    """Also over what is prefetched."""
+    z = Sizes(b=6, t=20, s=24)
+    run = partial(attention, backend=backend)
+    arrays, ends = qkv(z), jnp.asarray([3, 0, 24, 9, 17, 5])
+
+    def some(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
+        return run(q, k, v, mask=Mask(kv_length=ends))
+
+    with within(backend):
+        parts = [x.reshape(3, 2, *x.shape[1:]) for x in (*arrays, ends)]
+        found = jax.jit(jax.vmap(some))(*parts)
+        np.testing.assert_allclose(found.reshape(6, *found.shape[2:]), jax.jit(some)(*arrays, ends), atol=1e-6)
