@@ -410,7 +410,7 @@ def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
     grid = pallas_tpu.Grid(plan, groups=2, of_keys=of_keys)
     needed = {name: np.asarray(x) for name, x in grid.needed({**given, **kernel.spans(plan, given)}).items()}
     table = mask.materialise(z.t, z.s)
-    seen = np.broadcast_to(True if table is None else np.asarray(table)[:, 0], (z.b, z.t, z.s))
+    seen = np.broadcast_to(np.ones(1, bool) if table is None else np.asarray(table)[:, 0], (z.b, z.t, z.s))
     (queries, keys), (tp, sp) = plan.blocks, plan.padded
     seen = np.pad(seen, ((0, 0), (0, tp - z.t), (0, sp - z.s)))
     parts = seen.reshape(z.b, queries, plan.rows, keys, plan.keys).transpose(0, 1, 3, 2, 4)
