@@ -22,6 +22,8 @@ from formax.conversion.mapped import CheckpointError, MappedFile, Region, Tensor
 MAGIC = b"\x89HDF\r\n\x1a\n"
 # An object's attributes take at most so many bytes; longer lists are divided among attributes with numbers.
 MAX_ATTRIBUTE = 64512
+# A file lists at most one name for so many bytes of it; a variable alone takes more, and is listed once or twice.
+BYTES_A_NAME = 16
 # The version of Keras whose files these are like.
 KERAS = b"2.21.0"
 
@@ -48,7 +50,9 @@ def read_tf(file: MappedFile) -> TensorFile:
     tensors: dict[str, Region] = {}
     try:
         with h5py.File(file.path, "r", locking=False) as opened:
-            for group, name in _listed(h5py, file, opened):
+            for count, (group, name) in enumerate(_listed(h5py, file, opened)):
+                if count * BYTES_A_NAME > file.size:  # groups that are one group under many names, say
+                    raise CheckpointError(f"{file.path}: lists more names than a file of {file.size} bytes has")
                 found = group if name is None else _child(h5py, file, group, name)
                 plain = plain_name((found.name or "").lstrip("/")) if name is None else _without_model(name)
                 if plain not in tensors:  # a layer that holds another lists its variables, too
@@ -82,7 +86,7 @@ def _without_model(name: str) -> str:
 
 def _listed(h5py: Any, file: MappedFile, opened: Any) -> Iterator[tuple[Any, str | None]]:
     """The groups and the names in them of all variables; datasets themselves, and None, in one file of several."""
-    layers = list(_names(file, opened, "layer_names"))
+    layers = list(dict.fromkeys(_names(file, opened, "layer_names")))
     if not layers:
         raise CheckpointError(f"{file.path}: no weights of Keras: the attribute 'layer_names' is missing or empty")
     if "top_level_model_weights" in opened and "top_level_model_weights" not in layers:
@@ -244,6 +248,8 @@ def _set_names(node: Any, attribute: str, names: list[str]) -> None:
     """Lists names in an attribute, or in several with numbers."""
     encoded = [name.encode("utf-8") for name in names]
     data = np.asarray(encoded)
+    if data.itemsize > MAX_ATTRIBUTE:
+        raise CheckpointError(f"a name of {data.itemsize} bytes is longer than HDF5 can list: {names[0]!r:.60}")
     if data.nbytes <= MAX_ATTRIBUTE:
         node.attrs[attribute] = encoded
         return

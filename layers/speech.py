@@ -72,6 +72,7 @@ class SpeechConfig(SpecAugmentConfig):
         check_multiple(self, "hidden_size", "num_attention_heads")
         check_multiple(self, "hidden_size", "num_conv_pos_embedding_groups")
         check_lengths(self, "conv_dim", "conv_stride", "conv_kernel")
+        check_positive(self, "hidden_size", "num_conv_pos_embeddings")
         if self.num_feat_extract_layers not in (None, len(self.conv_dim)):
             raise ConfigError(f"num_feat_extract_layers={self.num_feat_extract_layers}, but conv_dim={self.conv_dim}")
         for name in ("hidden_act", "feat_extract_activation"):
@@ -102,6 +103,11 @@ class AdaptedSpeechConfig(SpeechConfig):
     num_adapter_layers: int = 3
     output_hidden_size: int | None = None  # None: hidden_size
 
+    def check(self) -> None:
+        super().check()
+        if self.add_adapter:
+            check_positive(self, "adapter_kernel_size", "adapter_stride")
+
     @property
     def adapter_strides(self) -> tuple[int, ...]:
         """By how much each of its convolutions shortens the states."""
@@ -114,11 +120,20 @@ class AdaptedSpeechConfig(SpeechConfig):
 
 
 def check_lengths(c: Config, first: str, *others: str) -> None:
-    """Raises ConfigError unless all of these fields have the same number of entries, at least one."""
+    """Raises ConfigError unless all of these fields have the same number of entries, at least one, all above 0."""
     for other in others:
         a, b = getattr(c, first), getattr(c, other)
         if len(a) != len(b) or not a:
             raise ConfigError(f"{first}={a} and {other}={b} must have one entry a layer")
+    check_positive(c, first, *others)
+
+
+def check_positive(c: Config, *names: str) -> None:
+    """Raises ConfigError unless these fields, or all their entries, are above 0."""
+    for name in names:
+        value = getattr(c, name)
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ConfigError(f"{name}={value} must be above 0")
 
 
 # ---- samples to frames

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from formax.inside import capture, intervene, places
     from formax.model import Model
     from formax.processors.auto import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
+    from formax.quantization import AutoHfQuantizer, AutoQuantizationConfig
     from formax.text.embedding import SentenceEncoder
     from formax.text.tokenizer import AutoTokenizer
 
@@ -67,6 +68,7 @@ __all__ = [
     "AutoBackbone",
     "AutoConfig",
     "AutoFeatureExtractor",
+    "AutoHfQuantizer",
     "AutoImageProcessor",
     "AutoModel",
     "AutoModelForAudioClassification",
@@ -105,6 +107,7 @@ __all__ = [
     "AutoModelForZeroShotImageClassification",
     "AutoModelForZeroShotObjectDetection",
     "AutoProcessor",
+    "AutoQuantizationConfig",
     "AutoTokenizer",
     "Model",
     "SentenceEncoder",
@@ -118,8 +121,10 @@ __all__ = [
 # Where each name lives; the Auto classes together.
 _HOME = dict.fromkeys(__all__, "formax.auto") | {
     "AutoFeatureExtractor": "formax.processors.auto",
+    "AutoHfQuantizer": "formax.quantization",
     "AutoImageProcessor": "formax.processors.auto",
     "AutoProcessor": "formax.processors.auto",
+    "AutoQuantizationConfig": "formax.quantization",
     "AutoTokenizer": "formax.text.tokenizer",
     "Model": "formax.model",
     "SentenceEncoder": "formax.text.embedding",

@@ -16,11 +16,19 @@ from formax.model import Model
 from formax.sharding import DEFAULT_RULES, Rules, shardings
 
 
-def register(family: Family) -> None:
+def register(family: Family, *more: Any) -> None:
     """Makes a family of your own known: its checkpoints open through all Auto classes from then on.
 
     A family of the same model type is replaced. See "A family of your own" in the documentation.
+
+    Raises:
+        TypeError: something else, such as the classes that transformers' `register` takes.
     """
+    if more or not isinstance(family, Family):
+        raise TypeError(
+            "register takes a Family, which says everything of a model type: configuration, parameters, heads; see "
+            f"'A family of your own' in the documentation. Got {', '.join(f'{one!r:.60}' for one in (family, *more))}"
+        )
     registry.register(family)
 
 
@@ -36,6 +44,7 @@ class AutoConfig:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        trust_remote_code: bool | None = None,
         **overrides: Any,
     ) -> Config:
         """The configuration of a checkpoint folder or hub repository, with fields replaced by `overrides`.
@@ -43,7 +52,9 @@ class AutoConfig:
         Raises:
             ConfigError: no or broken config.json, no model_type, impossible values.
             UnknownModelTypeError: a family formax does not have.
+            RemoteCodeError: `trust_remote_code=True`.
         """
+        hub.refuse_code(trust_remote_code)
         folder = hub.snapshot(
             path_or_repo,
             ("config.json",),

@@ -18,6 +18,20 @@ class HubError(OSError):
     """A repository or folder that cannot be had; the message says what was tried."""
 
 
+class RemoteCodeError(ValueError):
+    """Code of a checkpoint was to be run."""
+
+
+def refuse_code(trust_remote_code: Any) -> None:
+    """Raises RemoteCodeError where `trust_remote_code` is true: a checkpoint is data, and its code is never run."""
+    if trust_remote_code:
+        raise RemoteCodeError(
+            "trust_remote_code=True: formax never runs code out of a checkpoint. Leave it out where the model is one "
+            "of formax's families; a model of your own is made known by formax.register, see 'A family of your own' "
+            "in the documentation"
+        )
+
+
 def snapshot(
     path_or_repo: str | Path,
     patterns: Sequence[str],

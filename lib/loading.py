@@ -17,10 +17,11 @@ from formax.conversion.checkpoint import open_checkpoint
 from formax.conversion.load import LoadReport, load_params
 from formax.core import frameworks, registry
 from formax.core import spec as specs
-from formax.core.config import Config, ConfigError
+from formax.core.config import INERT, Config, ConfigError
 from formax.core.family import Architecture, Family
 from formax.core.spec import Spec
 from formax.model import Model
+from formax.quantization import check_plain
 from formax.sharding import DEFAULT_RULES, Rules, shardings
 
 log = logging.getLogger("formax")
@@ -54,17 +55,22 @@ def read_config(folder: Path, **overrides: Any) -> Config:
 
 
 def as_config(values: Mapping[str, Any], source: str, overrides: Mapping[str, Any]) -> Config:
-    """The configuration made of a JSON object, in which any key may stand, and of overrides, which must be fields."""
+    """The configuration made of a JSON object, in which any key may stand, and of overrides.
+
+    These must be fields, or keys of the reference that change nothing here, such as `finetuning_task`.
+    """
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f'{source} has no model_type; it must say which family this is, e.g. "bert"')
     try:
         cls = registry.family(model_type).config
     except registry.UnknownModelTypeError as error:
-        raise registry.UnknownModelTypeError(f"{source}: {error}") from None
+        code = values.get("auto_map")
+        hint = "; its auto_map names code, which formax never runs" if code else ""
+        raise registry.UnknownModelTypeError(f"{source}: {error}{hint}") from None
     fields = (*cls.__dataclass_fields__, *cls.attribute_map, "num_labels", "torch_dtype", "rope_theta", "rope_scaling")
     for name in overrides:
-        if name not in values and name not in fields:
+        if name not in values and name not in fields and name not in INERT:
             near = difflib.get_close_matches(name, fields, n=3)
             hint = f"; the nearest are {', '.join(near)}" if near else ""
             raise ConfigError(f"{cls.__name__} has no field {name!r}{hint}")
@@ -92,6 +98,8 @@ def load(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    trust_remote_code: bool | None = None,
+    quantization_config: Any = None,
     **overrides: Any,
 ) -> Any:
     """`from_pretrained` of all Auto classes.
@@ -116,6 +124,8 @@ def load(
         cache_dir: the hub's cache folder.
         local_files_only: never ask the hub.
         token: hub access token.
+        trust_remote_code: must not be true: no code out of a checkpoint is run.
+        quantization_config: how the weights are to be quantised, which is refused; see `formax.quantization`.
         **overrides: configuration fields to replace, such as `num_labels=5`.
 
     Returns:
@@ -123,7 +133,10 @@ def load(
 
     Raises:
         ConfigError, UnknownModelTypeError, CheckpointError, HubError: each names the file and key.
+        QuantizationError: the weights are quantised.
+        RemoteCodeError: `trust_remote_code=True`.
     """
+    hub.refuse_code(trust_remote_code)
     if dtype is None:
         dtype = torch_dtype
     picked = [name for name, on in {"pytorch": from_pt, "flax": from_flax, "tf": from_tf}.items() if on]
@@ -138,6 +151,7 @@ def load(
         config = config.replace(**overrides) if overrides else config
     else:
         config = as_config(config, "config", overrides)
+    check_plain(config, str(folder / "config.json"), quantization_config)
     whole = registry.family(config.model_type)
     found, family, inner = choose(whole, config, task, architecture)
     spec = spec_of(found, inner)

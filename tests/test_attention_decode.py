@@ -9,9 +9,35 @@ import numpy as np
 import pytest
 from attention_cases import Sizes, check, draw, formula, numbers, options, qkv
 
-from formax.layers.attention import Mask, Pages, attention, compile_for, decode_gpu, explain_attention, paged_attention
+from formax.layers.attention import (
+    Mask,
+    Pages,
+    attention,
+    compile_for,
+    decode_gpu,
+    decode_xla,
+    explain_attention,
+    paged_attention,
+)
 
 ONE = Sizes(b=3, t=1, s=288, h=6, k=2, d=24, dv=20)
+
+
+CALLS = [
+    ("all", "none", "plain", ONE),
+    ("causal, aligned to the end", "alibi", "all three", ONE),
+    ("offset by row", "alibi both ways", "softcap", ONE),
+    ("window", "none", "sinks", Sizes(b=2, t=3, s=288, h=4, k=2)),
+    ("causal segments and keys", "none", "sinks", Sizes(b=2, t=5, s=288, h=4, k=1)),
+    ("an empty row", "none", "plain", Sizes(b=2, t=2, s=304, h=2, k=2)),
+    ("lengths", "none", "sinks", ONE),
+]
+ALSO = [
+    ("traced offset", "bucketed", "plain", ONE),
+    ("prefix", "pairs", "all three", Sizes(b=2, t=4, s=101, h=4, k=2)),
+    ("dense", "of keys", "plain", Sizes(b=2, t=2, s=101, h=4, k=2)),
+    ("dilated window", "pairs, for all heads", "sinks", Sizes(b=2, t=3, s=101, h=2, k=2)),
+]
 
 
 def interpreted(*args: Any, **given: Any) -> Any:
@@ -19,21 +45,30 @@ def interpreted(*args: Any, **given: Any) -> Any:
         return attention(*args, backend="decode_gpu", **given)
 
 
-@pytest.mark.parametrize(
-    ("mask", "bias", "more", "z"),
-    [
-        ("all", "none", "plain", ONE),
-        ("causal, aligned to the end", "alibi", "all three", ONE),
-        ("offset by row", "alibi both ways", "softcap", ONE),
-        ("window", "none", "sinks", Sizes(b=2, t=3, s=288, h=4, k=2)),
-        ("causal segments and keys", "none", "sinks", Sizes(b=2, t=5, s=288, h=4, k=1)),
-        ("an empty row", "none", "plain", Sizes(b=2, t=2, s=304, h=2, k=2)),
-        ("lengths", "none", "sinks", ONE),
-    ],
-)
+@pytest.mark.parametrize(("mask", "bias", "more", "z"), CALLS)
 def test_a_few_queries(mask: str, bias: str, more: str, z: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_gpu, "PROGRAMS", 20)  # several tiles for each part, not as many for the last
     check(interpreted, z, options(z, mask, bias, more), slopes=mask == "lengths")
+
+
+@pytest.mark.parametrize(("mask", "bias", "more", "z"), [*CALLS, *ALSO])
+def test_a_few_queries_on_a_cpu(mask: str, bias: str, more: str, z: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_xla, "BLOCK", 32)
+    given = options(z, mask, bias, more)
+    check(partial(attention, backend="decode_xla"), z, given, slopes=mask in ("lengths", "prefix"))
+
+
+def test_what_is_not_filled_is_not_read() -> None:
+    """What is not a number there would show up, were it multiplied by nothing."""
+    z = Sizes(b=2, t=1, s=1024, h=2, k=1)
+    q, k, v = (x.at[:, 512:].set(np.nan) if i else x for i, x in enumerate(qkv(z)))
+    for mask in (Mask(causal=True, q_offset=jnp.asarray([100, 511])), Mask(kv_length=jnp.asarray([3, 400]))):
+        assert np.isfinite(attention(q, k, v, mask=mask, backend="decode_xla")).all()
+        assert "decode_xla   <- runs" in explain_attention(q, k, v, mask=mask)
+    k, v = k.at[:, :256].set(np.nan), v.at[:, :256].set(np.nan)
+    mask = Mask(causal=True, q_offset=500, window=(200, None))
+    assert np.isfinite(attention(q, k, v, mask=mask, backend="decode_xla")).all()
+    assert "decode_xla      supports this; all keys are seen" in explain_attention(q, k, v)
 
 
 def pages_of(z: Sizes, page: int, lengths: list[int]) -> tuple[jax.Array, Pages]:

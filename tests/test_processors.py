@@ -590,3 +590,104 @@ def test_pillow_is_imported_only_for_images_of_its_own(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert 'ImportError: images need Pillow: pip install "formax[vision]"' in run.stderr.splitlines()[-1]
+
+
+# --- settings that cannot be, and files that ask for more than there is
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"size": {"height": 2**14, "width": 2**14}}, "images of more than 67108864 pixels are not made"),
+        ({"crop_size": {"height": 10**9, "width": 10**9}}, "crop_size=.* are not made"),
+        ({"size": {"height": float("inf"), "width": 4}}, "size=.*use a number of pixels"),
+        ({"size": {"shortest_edge": float("nan")}}, "size=.*use a number of pixels"),
+        ({"resample": [2]}, r"resample=\[2\]: use"),
+        ({"resample": True}, "resample=True: use"),
+        ({"resample": 2.0}, r"resample=2\.0: use"),
+        ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean=.*use a number"),
+        ({"rescale_factor": float("inf")}, "rescale_factor=inf: use a positive number"),
+    ],
+)
+def test_image_settings_that_cannot_be(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ImageProcessor.from_config({"image_processor_type": "CLIPImageProcessor", **settings})
+
+
+def test_an_image_is_not_made_larger_than_memory() -> None:
+    """The proportions decide: a line of pixels whose short edge is made 800."""
+    processor = ImageProcessor.of_type("CLIPImageProcessor", size={"shortest_edge": 800})
+    with pytest.raises(ValueError, match=r"image 0: size=.* makes 800 x 400000 of an image of 4 x 2000"):
+        processor(np.zeros((4, 2000, 3), np.uint8))
+
+
+def test_image_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    path = tmp_path / "image.png"
+    Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)).save(path)
+    processor = ImageProcessor.of_type("ViTImageProcessor")
+    assert processor(path)["pixel_values"].shape == (1, 3, 224, 224)
+    whole = path.read_bytes()
+    for end in (10, 40, 60, len(whole) // 2):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="cannot be read as an image"):
+            processor(path)
+    path.write_bytes(whole)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="cannot be read as an image: Image size"):
+        processor(path)
+
+
+def test_values_that_are_no_pixels() -> None:
+    processor = ImageProcessor.of_type("ViTImageProcessor")
+    for value in (float("nan"), 1e30, -1.0, 255.5, 1.5):
+        with pytest.raises(ValueError, match="use grey levels, 0 to 255, or floats from 0 to 1"):
+            processor(np.full((4, 4, 3), value, np.float32))
+
+
+def test_sizes_of_maps_that_cannot_be() -> None:
+    out = SimpleNamespace(logits=np.zeros((1, 2, 3)), pred_masks=np.zeros((1, 2, 4, 4)))
+    processor = ImageProcessor.of_type("DetrImageProcessor")
+    for size in ((0, 4), (-1, 4), (2**20, 2**20)):
+        with pytest.raises(ValueError, match=r"target_sizes are \(height, width\) in pixels, 1 to"):
+            processor.post_process_semantic_segmentation(out, [size])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("Whisper", {"chunk_length": 10**9}, "chunk_length=1000000000: use a whole number above 0"),
+        ("Whisper", {"chunk_length": 2**20}, "are 16777216000 samples, at most"),
+        ("Whisper", {"feature_size": 10**8}, "feature_size=100000000: use a whole number above 0, at most 4096"),
+        ("Whisper", {"n_fft": 10**8}, "n_fft=100000000: use"),
+        ("Wav2Vec2", {"do_normalize": "false"}, "do_normalize='false': use true or false"),
+        ("Wav2Vec2", {"return_attention_mask": 1}, "return_attention_mask=1: use true or false"),
+        ("Wav2Vec2", {"padding_value": "0"}, "padding_value='0': use a number"),
+    ],
+)
+def test_speech_settings_that_cannot_be(kind: str, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        FeatureExtractor.from_config({"feature_extractor_type": f"{kind}FeatureExtractor", **settings})
+
+
+def test_lengths_that_cannot_be() -> None:
+    """A negative length would cut the end off without a word."""
+    sound = np.ones(100, np.float32)
+    extractor = Wav2Vec2FeatureExtractor()
+    calls: list[dict[str, Any]] = [{"max_length": -5}, {"max_length": 0}, {"pad_to_multiple_of": 0}]
+    for options in calls:
+        with pytest.raises(ValueError, match="use a number of samples, 1 or more"):
+            extractor(sound, truncation="max_length" in options, **options)
+
+
+def test_a_long_recording_is_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from formax.audio import spectrogram
+
+    sound = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    extractor = WhisperFeatureExtractor()
+    whole = extractor(sound, padding=False)["input_features"]
+    monkeypatch.setattr(spectrogram, "BLOCK", 7)
+    np.testing.assert_allclose(extractor(sound, padding=False)["input_features"], whole, atol=1e-6)
+    with pytest.raises(ValueError, match="read-only"):
+        extractor.mel_filters[0, 0] = 1

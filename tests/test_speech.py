@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from battery.goldens import Golden
 
+import formax
 from formax.core import spec as specs
+from formax.core.config import ConfigError
 from formax.layers import speech_heads
 from formax.models.audio import wav2vec2
 from formax.training import speech
@@ -242,3 +244,19 @@ def test_a_language_is_its_adapters_and_its_letters() -> None:
     plain = Golden(FAMILY, "ctc_mean")
     with pytest.raises(ValueError, match="adapter_attn_dim"):
         wav2vec2.language_leaves(plain.architecture.spec(plain.config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"conv_stride": (5, 2, 2, 2, 2, 2, 0)}, "conv_stride=.* must be above 0"),
+        ({"conv_kernel": (0, 3, 3, 3, 3, 2, 2)}, "conv_kernel=.* must be above 0"),
+        ({"num_conv_pos_embeddings": 0}, "num_conv_pos_embeddings=0 must be above 0"),
+        ({"add_adapter": True, "adapter_stride": 0}, "adapter_stride=0 must be above 0"),
+        ({"tdnn_kernel": (5, 3, 3, 1, 0)}, "tdnn_kernel=.* must be above 0"),
+        ({"hidden_size": 0}, "hidden_size=0 must be above 0"),
+    ],
+)
+def test_sizes_that_cannot_be(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        formax.AutoConfig.for_model("wav2vec2", **fields)

@@ -260,6 +260,30 @@ def test_a_broken_file_is_refused(change: Any, match: str, tmp_path: Path) -> No
         open_checkpoint(keras(tmp_path, change))
 
 
+def test_one_group_under_many_names(tmp_path: Path) -> None:
+    """Names times names: a small file must not keep the reader busy for hours."""
+
+    def change(file: Any) -> None:
+        group = file["dense"]
+        group.attrs["weight_names"] = np.asarray([b"m/dense/kernel:0"] * 3000)
+        for i in range(300):
+            file[f"{i}"] = group
+        file.attrs["layer_names"] = np.asarray([f"{i}".encode() for i in range(300)])
+
+    path = keras(tmp_path, change)
+    assert path.stat().st_size < 500_000
+    with pytest.raises(CheckpointError, match="lists more names than a file of"):
+        open_checkpoint(path)
+    path = keras(tmp_path, lambda file: file.attrs.__setitem__("layer_names", np.asarray([b"dense"] * 3000)))
+    with open_checkpoint(path) as opened:
+        assert list(opened) == ["dense/kernel:0"]
+
+
+def test_a_name_that_no_attribute_can_list(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as file, pytest.raises(CheckpointError, match="longer than HDF5 can list"):
+        tf_h5._set_names(file, "weight_names", ["x" * (tf_h5.MAX_ATTRIBUTE + 1), "y"])
+
+
 def test_elements_that_were_never_written(tmp_path: Path) -> None:
     """A file may declare an array of any size without holding a byte of it."""
 

@@ -153,9 +153,9 @@ def self_attention(
     """Multi-head self-attention, [B, T, E] -> ([B, T, E], the cache with these T positions).
 
     The number of heads is what the kernels hold (a pruned layer has fewer). `rotate` puts positions into queries and
-    keys (`layers.rope`). `bias` is an array, or a function of (q, k) that gives one. With a cache, keys are the
-    buffer's S positions and `mask` must hide the unfilled ones, as a causal mask at `q_offset=cache.length` does. Taps,
-    under `name`: `q`, `k`, `v`, `scores`, `weights`, `out`.
+    keys (`layers.rope`). `bias` is as for `attention`, or a function of (q, k) that gives one. With a cache, keys are
+    the buffer's S positions and `mask` must hide the unfilled ones, as a causal mask at `q_offset=cache.length` does.
+    Taps, under `name`: `q`, `k`, `v`, `scores`, `weights`, `out`.
     """
     with tap.scope(name):
         q, k, v = (split_heads(linear(p[part], x), head_dim) for part in ("q", "k", "v"))

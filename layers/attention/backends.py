@@ -41,6 +41,7 @@ BACKENDS: dict[str, str | None] = {
     "mosaic_gpu": "cuda",
     "pallas_gpu": "cuda",
     "pallas_tpu": "tpu",
+    "decode_xla": "cpu",
     "xla_chunked": None,
     "xla": None,
 }

@@ -156,13 +156,6 @@ def bucketed_spec(name: str, buckets: int, heads: int, init: Initializer) -> Spe
     return At(name, {"embedding": Param((buckets, heads), (None, "heads"), "weight", init)})
 
 
-def bucketed_bias(
-    p: dict[str, Any], t: int, s: int, *, both_ways: bool, max_distance: int, q_offset: Any = 0
-) -> jax.Array:
-    """The number of each pair's distance, for t queries from position `q_offset` and s keys: [1, H, t, s]."""
-    return by_pairs(Bucketed(p["embedding"], max_distance, both_ways), t, s, q_offset)
-
-
 def relative_key_spec(name: str, max_positions: int, head_dim: int, init: Initializer) -> Spec:
     """A vector for every distance from -(max_positions - 1) to max_positions - 1, shared by all heads."""
     table = Param((2 * max_positions - 1, head_dim), (None, None), "weight", init)

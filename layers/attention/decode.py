@@ -7,6 +7,7 @@ together afterwards (Dao et al. 2023, "Flash-Decoding").
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from formax.layers.attention import backends
+from formax.layers.attention import backends, xla
 from formax.layers.attention.mask import Mask
 from formax.layers.attention.problem import Problem, problem
 
@@ -105,6 +106,13 @@ def too_small(page: int) -> str | None:
     """Why pages of so many positions cannot be read by a kernel."""
     whole = page >= 16 and page & (page - 1) == 0
     return None if whole else f"pages of {page} positions are no power of two from 16 on"
+
+
+def as_xla_slopes(attend: Callable[[Problem], jax.Array]) -> Callable[[Problem], jax.Array]:
+    """A way to attend, with the slopes of XLA's: decoding does not ask for any."""
+    attention = jax.custom_vjp(attend)
+    attention.defvjp(lambda p: (attend(p), p), lambda p, slope: jax.vjp(xla.attention, p)[1](slope))
+    return attention
 
 
 def fold_heads(p: Problem) -> tuple[Problem, int]:

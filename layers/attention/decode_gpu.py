@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from formax.layers.attention import pallas_gpu, xla
+from formax.layers.attention import pallas_gpu
 from formax.layers.attention.bias import ALiBi
-from formax.layers.attention.decode import Pages, fold_heads, unfold_heads
+from formax.layers.attention.decode import Pages, as_xla_slopes, fold_heads, unfold_heads
 from formax.layers.attention.kernel import NOTHING, Facts, Plan, key_blocks, operands, plan_of, scores, spans
 from formax.layers.attention.pallas_gpu import dot, load, triton, unless_apart
 from formax.layers.attention.problem import Problem, target
@@ -41,15 +41,6 @@ def supports(p: Problem) -> str | None:
 def suits(p: Problem) -> str | None:
     """Worth it when there is much to read."""
     return None if p.k.shape[1] >= 256 else f"{p.k.shape[1]} keys are few"
-
-
-@jax.custom_vjp
-def attention(p: Problem) -> jax.Array:
-    """See `formax.layers.attention.attention`. Its slopes, which decoding does not ask for, are those of XLA."""
-    return attend(p)
-
-
-attention.defvjp(lambda p: (attend(p), p), lambda p, slope: jax.vjp(xla.attention, p)[1](slope))
 
 
 def attend(p: Problem, pages: Pages | None = None) -> jax.Array:
@@ -80,6 +71,9 @@ def attend(p: Problem, pages: Pages | None = None) -> jax.Array:
     total = (total * factors).sum(2)
     summed = (out * factors[..., None]).sum(2) / jnp.where(total > 0, total, 1)[..., None]
     return unfold_heads(jnp.moveaxis(summed, 1, 2)[:, :t, :, : p.v.shape[3]].astype(p.q.dtype), groups)
+
+
+attention = as_xla_slopes(attend)
 
 
 def kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int], each: int, *all_refs: Any) -> None:

@@ -32,6 +32,9 @@ from formax.processors.files import (
 # Added to a variance before its root is divided by.
 _EPSILON = 1e-7
 PADDINGS = ("longest", "max_length", "do_not_pad")
+# Settings that are whole numbers above 0, and what is beyond any model: arrays are made in these sizes.
+MOST = {"feature_size": 2**12, "sampling_rate": 2**20, "n_fft": 2**14, "hop_length": 2**20, "chunk_length": 2**20}
+MAX_SAMPLES = 2**28  # of a chunk; four hours at 16,000 a second
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +64,15 @@ class FeatureExtractor:
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("feature_size", "sampling_rate", "n_fft", "hop_length", "chunk_length"):
+        for key, most in MOST.items():
             value = getattr(self, key, 1)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{self.name}: {key}={value!r}: use a whole number above 0")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"{self.name}: {key}={value!r}: use a whole number above 0, at most {most}")
+        for key in ("return_attention_mask", "do_normalize"):
+            if not isinstance(getattr(self, key, True), bool):
+                raise ValueError(f"{self.name}: {key}={getattr(self, key)!r}: use true or false")
+        if type(self.padding_value) not in (int, float):
+            raise ValueError(f"{self.name}: padding_value={self.padding_value!r}: use a number")
         if self.padding_side not in ("right", "left"):
             raise ValueError(f"{self.name}: padding_side={self.padding_side!r}: use 'right' or 'left'")
 
@@ -203,11 +211,14 @@ class FeatureExtractor:
         """Recordings cut to the greatest length, and the length that each is to be padded to.
 
         Raises:
-            ValueError: an unknown padding, or a length that is needed and missing.
+            ValueError: an unknown padding, or a length that is needed and missing, or below 1.
         """
         how = {True: "longest", False: "do_not_pad", None: "do_not_pad"}.get(padding, padding)  # type: ignore[arg-type]
         if how not in PADDINGS:
             raise ValueError(f"padding={padding!r}: use True, False, {', '.join(map(repr, PADDINGS))}")
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r}: use a number of samples, 1 or more")
         if max_length is None and (truncation or how == "max_length"):
             name = "truncation=True" if truncation else "padding='max_length'"
             raise ValueError(f"{name} needs a max_length (in samples)")
@@ -263,6 +274,11 @@ class WhisperFeatureExtractor(FeatureExtractor):
         super().__post_init__()
         if self.dither:
             raise ValueError(f"{self.name}: dither={self.dither!r}: formax adds no noise; use 0.0")
+        if self.n_samples > MAX_SAMPLES:
+            raise ValueError(
+                f"{self.name}: chunk_length={self.chunk_length} seconds at sampling_rate={self.sampling_rate} are "
+                f"{self.n_samples} samples, at most {MAX_SAMPLES} are possible"
+            )
 
     @property
     def n_samples(self) -> int:
@@ -333,7 +349,9 @@ class WhisperFeatureExtractor(FeatureExtractor):
 
 @lru_cache(maxsize=4)
 def _filters(bins: int, bands: int, sampling_rate: int) -> np.ndarray:
-    return spectrogram.mel_filters(bins, bands, sampling_rate)
+    filters = spectrogram.mel_filters(bins, bands, sampling_rate)
+    filters.flags.writeable = False  # it is everybody's
+    return filters
 
 
 @dataclass(frozen=True, kw_only=True)

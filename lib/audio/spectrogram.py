@@ -14,6 +14,8 @@ _BREAK_MEL = _BREAK_HZ / _HZ_A_MEL
 _MELS_A_FOLD = 27 / np.log(6.4)
 # Energies below this count as this.
 FLOOR = 1e-10
+# So many frames are worked off at a time: a spectrum takes many times the memory of its samples.
+BLOCK = 4096
 
 
 def hz_to_mel(hz: np.ndarray) -> np.ndarray:
@@ -56,7 +58,10 @@ def log_mel(wave: np.ndarray, filters: np.ndarray, n_fft: int, hop_length: int) 
     mirrored = np.pad(wave.astype(np.float64), half, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(mirrored, n_fft)[::hop_length][:-1]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)  # Hann's, periodic
-    power = np.abs(np.fft.rfft(frames * window, axis=-1)) ** 2
-    levels = np.log10(np.maximum(power @ filters, FLOOR)).T
+    energies = np.empty((len(frames), filters.shape[1]))
+    for start in range(0, len(frames), BLOCK):
+        part = slice(start, start + BLOCK)
+        energies[part] = np.abs(np.fft.rfft(frames[part] * window, axis=-1)) ** 2 @ filters
+    levels = np.log10(np.maximum(energies, FLOOR)).T
     levels = np.maximum(levels, levels.max() - 8)
     return ((levels + 4) / 4).astype(np.float32)

@@ -82,6 +82,7 @@ INERT = frozenset(
         "pooler_size_per_head",
         "pooler_type",
         "prefix",
+        "quantization_config",
         "remove_invalid_values",
         "repetition_penalty",
         "replacing_rate",

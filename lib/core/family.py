@@ -49,6 +49,7 @@ class Port:
         numbered: what stands before a layer's number in TensorFlow's names.
         repeats: {layer: prefix of names}: layers of TensorFlow's models that list another's parameters as theirs, too.
         lacks: says of a configuration which of its fields have a value that the framework does not implement.
+        inputs: inputs of Flax's classes, in their order, where that is not the order of ours.
     """
 
     architectures: tuple[str, ...] | None = None
@@ -56,6 +57,7 @@ class Port:
     numbered: str = "_._"
     repeats: Mapping[str, str] = field(default_factory=dict)
     lacks: Callable[[Any], Mapping[str, bool]] = lambda c: {}
+    inputs: tuple[str, ...] = ()
 
     def has(self, architecture: Architecture) -> bool:
         """Whether there is this one."""

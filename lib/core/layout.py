@@ -157,7 +157,8 @@ class Part(Layout):
             part = self.then.store(leaf)
             before, after = part.shape[: self.axis], part.shape[self.axis + 1 :]
             parts.append(part.reshape((*before, self.groups, size // self.groups, *after)))
-        joined = np.concatenate(parts, axis=self.axis + 1)
+        # NumPy's, or JAX's for arrays of a trace.
+        joined = parts[0].__array_namespace__().concatenate(parts, axis=self.axis + 1)
         before, after = joined.shape[: self.axis], joined.shape[self.axis + 2 :]
         return joined.reshape((*before, sum(self.sizes), *after))
 

@@ -23,6 +23,7 @@ from formax.processors.files import (
     type_of,
     unknown,
 )
+from formax.text.own_classes import OwnClasses
 from formax.text.tokenizer import CONFIG as TOKENIZER_CONFIG
 from formax.text.tokenizer import HUB_PATTERNS as TOKENIZER_PATTERNS
 from formax.text.tokenizer import TOKENIZER, AutoTokenizer, Tokenizer
@@ -30,22 +31,8 @@ from formax.vision import image_processor as vision
 from formax.vision.image_processor import ImageProcessor
 
 
-class _Registry:
-    """Types of a user's own: what the files call them, and the class that opens them."""
-
-    _classes: ClassVar[dict[str, Any]]
-
-    @classmethod
-    def register(cls, name: str, own: Any) -> None:
-        """Makes a class of your own known.
-
-        Args:
-            name: what checkpoints' files call it, or a model type, for files that name no type.
-            own: a class with `from_pretrained(folder, **settings)`; what it makes is returned as it is.
-        """
-        if not callable(getattr(own, "from_pretrained", None)):
-            raise ValueError(f"{own!r} has no from_pretrained, which {cls.__name__} calls")
-        cls._classes[name] = own
+class _Registry(OwnClasses):
+    """Types of a user's own, as the files of a folder name them."""
 
     @classmethod
     def _own(cls, folder: Path, named: str) -> Any:

@@ -82,9 +82,15 @@ def folder_of(path_or_repo: str | Path, patterns: Iterable[str] = HUB_PATTERNS, 
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a `from_pretrained` as (where to look, settings to replace)."""
+    """The options of a `from_pretrained` as (where to look, settings to replace).
+
+    Raises:
+        RemoteCodeError: `trust_remote_code=True`.
+    """
+    hub.refuse_code(options.get("trust_remote_code"))
     where = {key: value for key, value in options.items() if key in _WHERE}
-    return where, {key: value for key, value in options.items() if key not in _WHERE}
+    silent = (*_WHERE, "trust_remote_code")
+    return where, {key: value for key, value in options.items() if key not in silent}
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:

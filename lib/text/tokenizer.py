@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 from formax.text.batch_encoding import BatchEncoding
 from formax.text.files import parse_json
+from formax.text.own_classes import OwnClasses
 from formax.text.tokenizer_classes import (
     BERT_NORMALIZER,
     CLASS_OF_MODEL_TYPE,
@@ -211,6 +212,8 @@ class Tokenizer:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        use_fast: bool = True,
+        trust_remote_code: bool | None = None,
     ) -> Tokenizer:
         """Reads the tokenizer of a folder or of a repository of the hub.
 
@@ -220,6 +223,8 @@ class Tokenizer:
             cache_dir: where downloads are kept.
             local_files_only: never use the network.
             token: for repositories that are not public.
+            use_fast: must be true: the slow tokenizers of transformers are not here.
+            trust_remote_code: must not be true: no code out of a checkpoint is run.
 
         Raises:
             FileNotFoundError: there is no such folder, or no tokenizer.json in it.
@@ -227,6 +232,9 @@ class Tokenizer:
         """
         from formax import hub
 
+        hub.refuse_code(trust_remote_code)
+        if not use_fast:
+            raise ValueError("use_fast=False: formax has the fast tokenizers alone, those of tokenizer.json")
         folder = hub.snapshot(
             path_or_repo,
             HUB_PATTERNS,
@@ -840,10 +848,33 @@ class Tokenizer:
             self._special[name] = token
 
 
-class AutoTokenizer:
+class AutoTokenizer(OwnClasses):
     """Finds the tokenizer of a checkpoint."""
 
-    from_pretrained = Tokenizer.from_pretrained
+    _classes: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, **options: Any) -> Any:
+        """Opens the tokenizer of a folder or hub repository; as `Tokenizer.from_pretrained`.
+
+        Returns:
+            A `Tokenizer`; where a class of your own is registered for it, what that makes.
+        """
+        if cls._classes:
+            from formax import hub
+
+            where = {
+                key: options[key] for key in ("revision", "cache_dir", "local_files_only", "token") if key in options
+            }
+            folder = hub.snapshot(path_or_repo, HUB_PATTERNS, **where)
+            read = {name: folder / name for name in (CONFIG, "config.json") if (folder / name).is_file()}
+            said = {name: parse_json(path.read_bytes(), path) for name, path in read.items()}
+            named = said.get(CONFIG, {}).get("tokenizer_class"), said.get("config.json", {}).get("model_type")
+            if own := next((cls._classes[name] for name in named if name in cls._classes), None):
+                hub.refuse_code(options.get("trust_remote_code"))
+                rest = {key: value for key, value in options.items() if key not in (*where, "trust_remote_code")}
+                return own.from_pretrained(folder, **rest)
+        return Tokenizer.from_pretrained(path_or_repo, **options)
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -185,19 +185,19 @@ class ImageProcessor:
         for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"):
             if not isinstance(getattr(self, key), bool | None):
                 raise ValueError(f"{key}={getattr(self, key)!r}: use true or false")
-        if self.resample not in steps.RESAMPLING:
+        if type(self.resample) is not int or self.resample not in steps.RESAMPLING:
             known = ", ".join(f"{number} ({name})" for number, name in steps.RESAMPLING.items())
             raise ValueError(f"resample={self.resample!r}: use {known}")
         for key in ("image_mean", "image_std"):
             value = getattr(self, key)
             numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
+            if not numbers or not all(map(steps.is_number, numbers)):
                 raise ValueError(f"{key}={value!r}: use a number, or one for each channel")
             if key == "image_std" and self.do_normalize and 0 in numbers:
                 raise ValueError(f"{key}={value!r}: images are divided by it, so it cannot be 0")
         for key in ("rescale_factor", "crop_pct"):
             value = getattr(self, key)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
+            if value is not None and not (steps.is_number(value) and value > 0):
                 raise ValueError(f"{key}={value!r}: use a positive number")
         if self.do_center_crop and self.crop_size is None:
             raise ValueError("do_center_crop needs a crop_size")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from formax.vision.detection import softmax
+from formax.vision.steps import MAX_PIXELS
 
 
 def resize_bilinear(maps: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -50,6 +51,11 @@ def _read(outputs: Any, target_sizes: Any) -> tuple[np.ndarray, np.ndarray, list
             raise ValueError(
                 f"target_sizes are (height, width) of each of the {len(logits)} images; these are {pairs.shape}"
             )
+        for height, width in pairs.tolist():
+            if min(height, width) < 1 or height * width > MAX_PIXELS:
+                raise ValueError(
+                    f"target_sizes are (height, width) in pixels, 1 to {MAX_PIXELS} in all; one is {(height, width)}"
+                )
         sizes = [(int(height), int(width)) for height, width in pairs]
     with np.errstate(over="ignore"):  # exp of a great negative logit is infinite, and its probability 0
         probabilities = 1 / (1 + np.exp(-masks))

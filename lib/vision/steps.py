@@ -7,6 +7,7 @@ values follow its rounding to whole grey levels. Anything else is NumPy.
 from __future__ import annotations
 
 import math
+import struct
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("channels_first", "channels_last")
+# An image made larger than this is a mistake in the settings: its batch takes gigabytes.
+MAX_PIXELS = 2**26
 # Pillow's filters by their numbers, which the configuration files hold.
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 SIZES = (
@@ -112,12 +115,14 @@ def as_array(image: Any, *, channels: int, data_format: str | None = None) -> np
 def _open(path: str | Path) -> Image:
     """An image file, turned upright as its EXIF data say, in RGB."""
     pil = pillow()
+    # What Pillow's readers raise of damaged files, and of those whose header asks for more than memory should give.
+    broken = (OSError, ValueError, SyntaxError, EOFError, struct.error, pil.Image.DecompressionBombError)
     try:
         with pil.Image.open(path) as image:
             return pil.ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{str(path)!r}: there is no such image file (text goes to a tokenizer)") from None
-    except OSError as error:
+    except broken as error:
         raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from None
 
 
@@ -150,7 +155,7 @@ def size_dict(size: Any, *, square: bool, longest: int | None = None, name: str 
         name: the setting, for messages.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or more than `MAX_PIXELS`.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         if square:
@@ -163,13 +168,20 @@ def size_dict(size: Any, *, square: bool, longest: int | None = None, name: str 
         # Newer files hold every word there is, most of them null.
         words = {key: value for key, value in size.items() if value is not None}
         if set(words) in SIZES and all(_is_length(value) for value in words.values()):
+            if math.prod(words.get(key, 1) for key in ("height", "width")) > MAX_PIXELS:
+                raise ValueError(f"{name}={size!r}: images of more than {MAX_PIXELS} pixels are not made")
             return {key: int(value) for key, value in words.items()}
     known = "; ".join(" and ".join(sorted(keys)) for keys in SIZES)
     raise ValueError(f"{name}={size!r}: use a number of pixels, [height, width], or a dictionary of {known}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a number, and no NaN or infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_length(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == int(value) and value > 0
+    return is_number(value) and value == int(value) and value > 0
 
 
 def target_size(height: int, width: int, size: Mapping[str, int]) -> tuple[int, int]:
@@ -197,10 +209,15 @@ def resize(image: np.ndarray, size: Mapping[str, int], resample: int) -> np.ndar
     """[H, W, C] -> [H', W', C], by Pillow, in whole grey levels; of floats between 0 and 1 it makes such floats again.
 
     Raises:
-        ValueError: values that are no grey levels, 0 to 255, and no floats between 0 and 1.
+        ValueError: values that are no grey levels, 0 to 255, and no floats between 0 and 1; more than `MAX_PIXELS`.
     """
     pil = pillow()
     height, width = target_size(image.shape[0], image.shape[1], size)
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"size={dict(size)} makes {height} x {width} of an image of {image.shape[0]} x {image.shape[1]} (height x "
+            f"width): images of more than {MAX_PIXELS} pixels are not made"
+        )
     fractions = _are_fractions(image)
     if fractions:
         image = (image.astype(np.float64) * 255).astype(np.float32)
@@ -217,9 +234,10 @@ def _are_fractions(image: np.ndarray) -> bool:
     if image.dtype == np.uint8:
         return False
     low, high = image.min(), image.max()
-    whole = bool(np.isfinite(image).all()) and np.allclose(image, image.astype(np.int64))
-    if low >= 0 and high <= (255 if whole else 1):
-        return not whole
+    if low >= 0 and high <= 255:  # neither of which NaN is
+        whole = np.allclose(image, image.astype(np.int64))
+        if whole or high <= 1:
+            return not whole
     raise ValueError(
         f"an image to be resized holds values from {low} to {high}: use grey levels, 0 to 255, or floats from 0 to 1"
     )

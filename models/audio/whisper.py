@@ -212,6 +212,7 @@ _words = heads.lm_head("proj_out", flax="lm_head")
 words_spec = heads.with_heads("model", model_spec, _words)
 conditional_generation = seq2seq_heads.conditional_generation(run_both)
 _seq2seq = partial(Architecture, methods={"encode": encode})
+_POSITIONS = ("position_ids", "decoder_position_ids")
 
 FAMILY = Family(
     "whisper",
@@ -241,6 +242,7 @@ FAMILY = Family(
     flax=Port(
         ("WhisperModel", "WhisperForConditionalGeneration", "WhisperForAudioClassification"),
         lacks=lambda c: {"use_weighted_layer_sum": c.use_weighted_layer_sum},  # its weights are constants there
+        inputs=("input_features", "decoder_input_ids", "attention_mask", "decoder_attention_mask", *_POSITIONS),
     ),
     tf=Port(("WhisperModel", "WhisperForConditionalGeneration"), numbered="."),
 )

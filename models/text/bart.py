@@ -84,6 +84,7 @@ conditional_generation = seq2seq_heads.conditional_generation(run_both, seq2seq_
 
 _methods = {"encode": encode}
 _BOTH = ("ForConditionalGeneration", "ForSequenceClassification")
+_IDS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
 FAMILY = Family(
     "bart",
@@ -104,6 +105,9 @@ FAMILY = Family(
         *seq2seq_heads.label_heads("Bart", "model", model_spec, run_both, methods=_methods),
         seq2seq_heads.lone_decoder("Bart", "model", decoder_spec, decode),
     ),
-    flax=Port(tuple(f"Bart{head}" for head in ("Model", *_BOTH, "ForQuestionAnswering", "ForCausalLM"))),
+    flax=Port(
+        tuple(f"Bart{head}" for head in ("Model", *_BOTH, "ForQuestionAnswering", "ForCausalLM")),
+        inputs=(*_IDS, "position_ids", "decoder_position_ids", "encoder_hidden_states", "encoder_attention_mask"),
+    ),
     tf=Port(tuple(f"Bart{head}" for head in ("Model", *_BOTH)), numbered="."),
 )

@@ -215,6 +215,7 @@ _plain, _pooled = partial(heads.with_heads, "bert", encoder_spec), partial(heads
 _names = ("transform.dense", "transform.LayerNorm", "decoder")
 _words = partial(heads.words_spec, "cls.predictions", names=_names, tf="mlm___cls.predictions")
 _pair = heads.linear_head("cls.seq_relationship", 2, key="pair", tf="nsp___cls.seq_relationship")
+_FIRST = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask")
 
 FAMILY = Family(
     "bert",
@@ -231,6 +232,6 @@ FAMILY = Family(
         Architecture("BertForNextSentencePrediction", "ForNextSentencePrediction", _pooled(_pair), next_sentence),
         *heads.label_heads("Bert", _plain, _pooled, encode, summary),
     ),
-    flax=Port(),
+    flax=Port(inputs=(*_FIRST, "encoder_hidden_states", "encoder_attention_mask")),
     tf=Port(repeats={"mlm___cls": "bert/embeddings/"}),
 )

@@ -206,6 +206,9 @@ FAMILY = Family(
         *heads.decoder_heads("GPT2", "transformer", model_spec, decode, lm="LMHeadModel", token="classifier"),
         heads.double_heads("GPT2DoubleHeadsModel", "transformer", model_spec, decode),
     ),
-    flax=Port(("GPT2Model", "GPT2LMHeadModel")),
+    flax=Port(
+        ("GPT2Model", "GPT2LMHeadModel"),
+        inputs=("input_ids", "attention_mask", "position_ids", "encoder_hidden_states", "encoder_attention_mask"),
+    ),
     tf=Port(("GPT2Model", "GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification")),
 )

@@ -18,8 +18,8 @@ from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, Tied, fold, normal, optional, stack_of
 from formax.layers import embed, heads, mlp, norm, seq2seq, seq2seq_heads
 from formax.layers.activations import check_activation
-from formax.layers.attention import attention_spec, cross_attention, from_attention_mask, self_attention
-from formax.layers.attention.bias import bucketed_bias, bucketed_spec
+from formax.layers.attention import Bucketed, attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention.bias import bucketed_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear_spec
 from formax.layers.seq2seq import decoder_mask
@@ -160,11 +160,8 @@ def run_stack(
     """All layers of a stack and its last norm: [B, T, E] -> ([B, T, E], cache)."""
     k_in, k_layers, k_out = split(key, 3)
     x = tap.tap("embed.out", dropout(x, c.dropout_rate, k_in))
-    length = x.shape[1] if cache is None else cache[0]["attn"].k.shape[1]
-    both_ways, limit = memory_mask is None, c.relative_attention_max_distance
-    bias = bucketed_bias(
-        p["distance"], x.shape[1], length, both_ways=both_ways, max_distance=limit, q_offset=mask.q_offset
-    )
+    table = p["distance"]["embedding"]
+    bias = Bucketed(table, max_distance=c.relative_attention_max_distance, both_ways=memory_mask is None)
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, x, bias, mask, memory, memory_mask, cache, key)

@@ -194,6 +194,6 @@ FAMILY = Family(
             masked_image_modeling,
         ),
     ),
-    flax=Port(_PORTED),
+    flax=Port(_PORTED, inputs=("pixel_values",)),
     tf=Port(_PORTED),
 )
