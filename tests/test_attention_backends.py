@@ -1,5 +1,8 @@
 """Every backend of attention against the formula in float64: one class of tests for all."""
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -7,16 +10,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import BIASES, MASKS, NUMBERS, Sizes, check, draw, options, qkv
+from attention_cases import BIASES, MASKS, NUMBERS, Sizes, check, draw, learned, options, qkv, with_learned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formax.core import mesh, tap
-from formax.layers.attention import Mask, attention, compile_for, explain_attention, xla_chunked
+from formax.layers.attention import (
+    ALiBi,
+    Mask,
+    attention,
+    compile_for,
+    explain_attention,
+    kernel,
+    pallas_gpu,
+    pallas_tpu,
+    xla_chunked,
+)
+from formax.layers.attention.problem import problem
 from formax.sharding import make_mesh
 
-BACKENDS = ["xla", "xla_chunked"]
+KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # interpreted here, which takes a while
+BACKENDS = ["xla", "xla_chunked", *KERNELS]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
+# What the interpreted kernels are asked the slopes of: every term of the scores, and every way to skip tiles.
+WITH_SLOPES = ("all", "window", "prefix", "dense, for all heads", "causal segments and keys", "alibi both ways",
+               "bucketed both ways", "pairs, for all rows", "of keys", "all three", "one head of keys",
+               "whole tiles")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -24,27 +43,47 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles each way, the last ones not full."""
     monkeypatch.setattr(xla_chunked, "ROWS", 16)
     monkeypatch.setattr(xla_chunked, "KEYS", 16)
+    monkeypatch.setattr(pallas_gpu, "FORWARD", (32, 16))
+    monkeypatch.setattr(pallas_gpu, "BACKWARD", (16, 16))
+    monkeypatch.setattr(pallas_tpu, "largest", lambda *_: (16, 16))
+
+
+@contextmanager
+def within(backend: str) -> Iterator[None]:
+    """Where the backend can run: kernels are interpreted."""
+    if backend not in KERNELS:
+        yield
+        return
+    with compile_for(KERNELS[backend], interpret=True):
+        yield
+
+
+def agrees(backend: str, name: str, z: Sizes, given: Any, **more: Any) -> None:
+    """Values and slopes are those of the formula; of an interpreted kernel slopes where `WITH_SLOPES` has the name."""
+    with within(backend):
+        slopes = backend not in KERNELS or name in WITH_SLOPES
+        check(partial(attention, backend=backend), z, given, slopes=slopes, **more)
 
 
 @EACH
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(backend: str, mask: str) -> None:
     z = Sizes()
-    check(partial(attention, backend=backend), z, options(z, mask, "none", "plain"))
+    agrees(backend, mask, z, options(z, mask, "none", "plain"))
 
 
 @EACH
 @pytest.mark.parametrize("bias", BIASES)
 def test_biases(backend: str, bias: str) -> None:
     z = Sizes()
-    check(partial(attention, backend=backend), z, options(z, "causal, aligned to the end", bias, "plain"))
+    agrees(backend, bias, z, options(z, "causal, aligned to the end", bias, "plain"))
 
 
 @EACH
 @pytest.mark.parametrize("numbers", NUMBERS)
 def test_numbers(backend: str, numbers: str) -> None:
     z = Sizes()
-    check(partial(attention, backend=backend), z, options(z, "an empty row", "none", numbers))
+    agrees(backend, numbers, z, options(z, "an empty row", "none", numbers))
 
 
 SIZES = {
@@ -62,14 +101,23 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(backend: str, name: str) -> None:
     z = SIZES[name]
-    check(partial(attention, backend=backend), z, options(z, "causal", "bucketed", "all three"))
+    agrees(backend, name, z, options(z, "causal", "bucketed", "all three"))
+
+
+COMBINATIONS = (st.sampled_from(sorted(MASKS)), st.sampled_from(sorted(BIASES)), st.sampled_from(sorted(NUMBERS)),
+                st.sampled_from([Sizes(), *SIZES.values()]))  # fmt: skip
 
 
 @settings(max_examples=25)
-@given(st.sampled_from(BACKENDS), st.sampled_from(sorted(MASKS)), st.sampled_from(sorted(BIASES)),
-       st.sampled_from(sorted(NUMBERS)), st.sampled_from([Sizes(), *SIZES.values()]))  # fmt: skip
+@given(st.sampled_from(["xla", "xla_chunked"]), *COMBINATIONS)
 def test_any_combination(backend: str, mask: str, bias: str, numbers: str, z: Sizes) -> None:
-    check(partial(attention, backend=backend), z, options(z, mask, bias, numbers))
+    agrees(backend, "", z, options(z, mask, bias, numbers))
+
+
+@settings(max_examples=6)
+@given(st.sampled_from(sorted(KERNELS)), *COMBINATIONS)
+def test_any_combination_in_a_kernel(backend: str, mask: str, bias: str, numbers: str, z: Sizes) -> None:
+    agrees(backend, "", z, options(z, mask, bias, numbers))
 
 
 @EACH
@@ -78,7 +126,11 @@ def test_half_precision(backend: str, dtype: jnp.dtype) -> None:
     z = Sizes()
     # a few of the 8 (11) bits that the inputs and weights have
     given = options(z, "causal", "alibi", "all three")
-    check(partial(attention, backend=backend), z, given, dtype=dtype, tolerance=0.1 if dtype == jnp.bfloat16 else 0.01)
+    if backend == "pallas_tpu" and dtype == jnp.float16:
+        with within(backend), pytest.raises(NotImplementedError, match="float16 is none of float32, bfloat16"):
+            attention(*qkv(z, dtype), backend=backend)
+        return
+    agrees(backend, "all three", z, given, dtype=dtype, tolerance=0.1 if dtype == jnp.bfloat16 else 0.01)
 
 
 # --- under a mesh
@@ -220,25 +272,26 @@ def test_memory_grows_with_the_length_and_not_its_square() -> None:
     assert peak(4096, None) < peak(4096, "xla") / 10
 
 
-def test_tiles_that_the_mask_rules_out_are_not_computed() -> None:
+BLIND: dict[str, tuple[Mask, slice]] = {
+    # with the keys that the first 16 queries, of the window the last 16 of 48, do not see
+    "window": (Mask(causal=True, window=(3, 0), q_offset=32), slice(None, 16)),
+    "causal": (Mask(causal=True), slice(16, None)),
+    "lengths": (Mask(kv_length=jnp.full(2, 16)), slice(16, None)),
+    "window to the right": (Mask(window=(None, 2)), slice(32, None)),
+    "keys": (Mask(keys=jnp.arange(48)[None] < 16), slice(16, None)),
+    "segments": (Mask(segments=(jnp.zeros((1, 16), jnp.int32), jnp.arange(48)[None] // 16)), slice(16, None)),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", BLIND)
+def test_tiles_that_the_mask_rules_out_are_not_computed(name: str, backend: str) -> None:
     """What is not a number in keys that nobody may see would show up, were it multiplied by nothing."""
-    z = Sizes(t=48, s=48)
-    q, k, v = qkv(z)
-    for mask, dark in (
-        (Mask(causal=True, window=(3, 0)), slice(None, None)),
-        (Mask(causal=True), slice(16, None)),
-        (Mask(kv_length=jnp.full(z.b, 16)), slice(16, None)),
-        (Mask(window=(None, 2)), slice(32, None)),
-        (Mask(keys=jnp.arange(48)[None] < 16), slice(16, None)),
-        (Mask(segments=((jnp.arange(48) // 16)[None],) * 2), slice(16, None)),
-    ):
-        first = q[:, 32:] if dark == slice(None, None) else q[:, :16]
-        where = slice(None, 16) if dark == slice(None, None) else dark
-        used = Mask(**{**vars(mask), "q_offset": 32}) if dark == slice(None, None) else mask
-        if used.segments is not None:
-            used = Mask(segments=(used.segments[0][:, :16], used.segments[1]))
-        out = attention(first, k.at[:, where].set(np.nan), v.at[:, where].set(np.nan), mask=used, backend="xla_chunked")
-        assert np.isfinite(out).all(), mask
+    mask, dark = BLIND[name]
+    q, k, v = qkv(Sizes(t=16, s=48))
+    with within(backend):
+        out = attention(q, k.at[:, dark].set(np.nan), v.at[:, dark].set(np.nan), mask=mask, backend=backend)
+    assert np.isfinite(out).all()
 
 
 def chosen(platform: str, given: Any, **options: Any) -> str:
@@ -284,3 +337,162 @@ def test_each_platform_has_its_kernels() -> None:
     assert chosen("cpu", HALF) == "xla_chunked"
     with pytest.raises(NotImplementedError, match="pallas_gpu: runs on cuda, and this is cpu"):
         attention(*HALF, backend="pallas_gpu")
+
+
+# --- kernels for chips that are not at hand
+
+
+def slopes_of(backend: str, z: Sizes, given: Any) -> tuple[Any, Any]:
+    """The gradient of a call to everything that has one, compiled for nothing yet, and its arguments' shapes."""
+    arrays = {"bias": learned(given), "sinks": given["sinks"]}
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*qkv(z, jnp.bfloat16), *arrays.values())]
+
+    def loss(q: Any, k: Any, v: Any, array: Any, sinks: Any) -> Any:
+        return attention(q, k, v, backend=backend, **with_learned(given, array, sinks)).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2, 3, 4)), shapes
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("mask", "bias"), [("causal segments and keys", "bucketed both ways"), ("dense", "pairs")])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_kernels_lower(backend: str, mask: str, bias: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # with the tiles that they have there
+    platform = KERNELS[backend]
+    z = Sizes(b=1, t=200, s=300, h=2, k=1, d=head_dim, dv=head_dim)
+    slopes, shapes = slopes_of(backend, z, options(z, mask, bias, "all three"))
+    with compile_for(platform):
+        program = jax.jit(slopes).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.custom_call @tpu_custom_call" if platform == "tpu" else "xla.gpu.triton") == 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which has the compiler, is not here")
+@pytest.mark.parametrize(("mask", "bias"), [("causal segments and keys", "bucketed both ways"), ("dense", "pairs")])
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_a_tpu_can_have_it(mask: str, bias: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for the chip with the smallest memory: layouts and sizes, not the numbers."""
+    from jax.experimental import topologies
+
+    monkeypatch.undo()
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chip = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1").devices[0]
+    z = Sizes(b=1, t=1500, s=1700, h=2, k=1, d=head_dim, dv=head_dim)
+    slopes, shapes = slopes_of("pallas_tpu", z, options(z, mask, bias, "all three"))
+    where = jax.sharding.SingleDeviceSharding(chip)
+    with compile_for("tpu"):
+        traced = jax.jit(slopes, in_shardings=where, out_shardings=where).trace(*shapes)
+    assert traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+
+
+def test_a_kernel_in_the_interpreter_of_tpus() -> None:
+    """Which has the memories of a TPU: what was never written is not a number, for one."""
+    from jax.experimental.pallas import tpu
+
+    z = Sizes(b=1, h=2, k=1)
+    with compile_for("tpu"), tpu.force_tpu_interpret_mode(tpu.InterpretParams()):
+        check(partial(attention, backend="pallas_tpu"), z, options(z, "window", "pairs", "all three"))
+
+
+TILES = {
+    **{name: mask for name, mask in MASKS.items() if "dense" not in name and name != "keys"},
+    "runs": lambda z: Mask(segments=(jnp.arange(z.t)[None] // 9, jnp.arange(z.s)[None] // 9)),
+}
+
+
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize("name", TILES)
+def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
+    """All tiles with a pair that is seen have a step, and what is loaded stays between the first and the last."""
+    z = Sizes(t=75, s=90)
+    mask = TILES[name](z)
+    plan = kernel.plan_of(problem(*qkv(z), mask=mask), 16, 8)
+    given = kernel.operands(problem(*qkv(z), mask=mask), plan)
+    grid = pallas_tpu.Grid(plan, groups=2, of_keys=of_keys)
+    needed = {name: np.asarray(x) for name, x in grid.needed({**given, **kernel.spans(plan, given)}).items()}
+    table = mask.materialise(z.t, z.s)
+    seen = np.broadcast_to(np.ones(1, bool) if table is None else np.asarray(table)[:, 0], (z.b, z.t, z.s))
+    (queries, keys), (tp, sp) = plan.blocks, plan.padded
+    seen = np.pad(seen, ((0, 0), (0, tp - z.t), (0, sp - z.s)))
+    parts = seen.reshape(z.b, queries, plan.rows, keys, plan.keys).transpose(0, 1, 3, 2, 4)
+    rows, blocks, tiles = np.indices((z.b, grid.blocks, grid.tiles)).reshape(3, -1).astype(np.int32)
+    ids = (rows, np.int32(0), blocks, *[0] * of_keys, tiles)
+    at = {name: np.asarray(x) for name, x in grid.place(ids, needed["bounds"]).items()}
+    first, stop = needed["bounds"].reshape(z.b, -1, 2)[rows, blocks].T
+    load = at["query" if of_keys else "key"]
+    assert np.where(first < stop, (first <= load) & (load < stop), load == np.clip(stop - 1, 0, None)).all()
+    visited = np.zeros((z.b, queries, keys), bool)
+    visited[tuple(np.broadcast_to(at[axis], rows.shape)[at["active"]] for axis in ("row", "i", "j"))] = True
+    assert (visited >= parts.any((3, 4))).all()
+    if "whole" in needed:
+        whole = needed["whole"].reshape(z.b, queries, 2, 1)
+        whole = (np.arange(keys) >= whole[:, :, 0]) & (np.arange(keys) < whole[:, :, 1])
+        inside = np.arange(tp).reshape(queries, 1, -1, 1) < z.t  # what fills up the last block sees nothing
+        assert (parts | ~inside).all((3, 4))[whole].all()
+    if name in ("window", "runs") and not of_keys:  # not one more than it takes
+        np.testing.assert_array_equal(visited, parts.any((3, 4)))
+    if name in ("window", "dilated window"):
+        assert grid.tiles < grid.plan.blocks[not of_keys]
+
+
+def test_blocks_of_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert [pallas_tpu.block(n, 512) for n in (1, 128, 129, 512, 513, 640, 1100, 4096)] == [
+        128, 128, 256, 512, 384, 384, 384, 512,
+    ]  # fmt: skip
+    assert pallas_tpu.largest(64, 2) == (512, 512)
+    assert pallas_tpu.largest(192, 4) == (256, 512)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_what_a_kernel_does_not_do(backend: str) -> None:
+    with within(backend):
+        with pytest.raises(NotImplementedError, match="heads of 300 channels do not fit; 256 do"):
+            attention(*shapes(256, 256, d=300), backend=backend)
+        with pytest.raises(NotImplementedError, match="drops no weights"):
+            attention(*shapes(256, 256), dropout=0.1, key=jax.random.key(0), backend=backend)
+
+
+def test_a_tpu_has_its_kernel() -> None:
+    assert chosen("tpu", HALF, mask=Mask(causal=True), bias=ALiBi(jnp.ones(4))) == "pallas_tpu"
+    assert chosen("tpu", shapes(64, 4096)) == "xla"
+    with compile_for("tpu"):
+        assert "64 queries are less than a block of 128" in explain_attention(*shapes(64, 4096))
+
+
+def test_a_kernel_of_several_devices_needs_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert chosen("tpu", HALF) != "pallas_tpu"
+    with compile_for("tpu"):
+        assert "one of 8 devices, or all?" in explain_attention(*HALF)
+        with jax.set_mesh(make_mesh(data=2, tensor=4)):
+            assert "pallas_tpu   <- runs" in explain_attention(*HALF)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_over_a_mesh(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    z = Sizes(b=4, t=17)
+    given = options(z, "offset by row", "alibi", "sinks")
+    devices = make_mesh(data=2, tensor=2)
+    with jax.set_mesh(devices), within(backend):
+        check(partial(attention, backend=backend), z, given, slopes=False)
+
+    monkeypatch.undo()
+    slopes, arrays = slopes_of(backend, z, given)
+    with jax.set_mesh(devices), compile_for(KERNELS[backend]):  # which fails where XLA had to split the kernel
+        jax.jit(slopes).trace(*arrays).lower(lowering_platforms=(KERNELS[backend],))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_mapped(backend: str) -> None:
+    """Also over what is prefetched."""
+    z = Sizes(b=6, t=20, s=24)
+    run = partial(attention, backend=backend)
+    arrays, ends = qkv(z), jnp.asarray([3, 0, 24, 9, 17, 5])
+
+    def some(q: jax.Array, k: jax.Array, v: jax.Array, ends: jax.Array) -> jax.Array:
+        return run(q, k, v, mask=Mask(kv_length=ends))
+
+    with within(backend):
+        parts = [x.reshape(3, 2, *x.shape[1:]) for x in (*arrays, ends)]
+        found = jax.jit(jax.vmap(some))(*parts)
+        np.testing.assert_allclose(found.reshape(6, *found.shape[2:]), jax.jit(some)(*arrays, ends), atol=1e-6)

@@ -8,6 +8,7 @@ the distance are computed in place. Written in what both Mosaic and Pallas's int
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from formax.core import mesh
 from formax.layers.attention.kernel import (
     NOTHING,
     Facts,
@@ -36,8 +38,6 @@ from formax.layers.attention.kernel import (
 from formax.layers.attention.problem import Problem, target
 
 LANES = 128  # a register's width; what is smaller takes as much
-# Queries, and keys, of a tile at most, by channels of the wider head: with all features, what fits 16 MiB.
-SIZES = {128: 512, 256: 256}
 
 
 def supports(p: Problem) -> str | None:
@@ -53,21 +53,37 @@ def supports(p: Problem) -> str | None:
 
 
 def suits(p: Problem) -> str | None:
-    """Worth it from a block of queries on, and where XLA need not partition it."""
+    """Worth it from a block of queries on, where it is known over which devices a program is split."""
     if p.q.shape[1] < LANES:
         return f"{p.q.shape[1]} queries are less than a block of {LANES}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if target().platform == jax.default_backend() and jax.device_count() > 1 and not mesh.are_all_axes_manual:
-        return f"XLA cannot partition it over {jax.device_count()} devices: name it inside of jax.shard_map"
+    several = target().platform == jax.default_backend() and jax.device_count() > 1
+    if several and mesh.current() is None and jax.sharding.get_abstract_mesh().empty:
+        return f"one of {jax.device_count()} devices, or all? XLA cannot split it, jax.set_mesh can"
     return None
 
 
 def attention(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
     _, t, s, _, _ = p.sizes
-    most = SIZES[whole(max(p.q.shape[3], p.v.shape[3]), LANES)]
-    plan = plan_of(p, block(t, most), block(s, most))
+    rows, keys = largest(max(p.q.shape[3], p.v.shape[3]), p.q.dtype.itemsize)
+    plan = plan_of(p, block(t, rows), block(s, keys))
     return attend(KERNELS, p, replace(plan, width=max(plan.width, LANES)))
+
+
+def largest(channels: int, itemsize: int) -> tuple[int, int]:
+    """Queries and keys of a tile that fit a core's memory with all features, by the wider head's channels.
+
+    16 MiB up to the fifth generation of the chip, which the compiler is tried with for one that is not at hand.
+    """
+    if whole(channels, LANES) * itemsize > 512:
+        return 256, 512
+    return 512, 512 if generation() < 6 else 1024
+
+
+def generation() -> int:
+    """Of the chip at hand; 0 where there is none."""
+    found = re.match(r"TPU v?(\d+)", jax.devices()[0].device_kind)
+    return int(found[1]) if found else 0
 
 
 def block(length: int, most: int) -> int:
@@ -153,7 +169,7 @@ class Grid:
             found["whole"] = jnp.stack([jnp.broadcast_to(x, shape) for x in of_queries[1:3]], -1).reshape(-1)
         return found
 
-    def parts(self, given: Mapping[str, jax.Array]) -> dict[str, pl.BlockSpec]:
+    def parts(self, given: Mapping[str, Any]) -> dict[str, pl.BlockSpec]:
         """Which part of each array a step sees."""
         rows, keys = self.plan.rows, self.plan.keys
 
@@ -173,16 +189,16 @@ class Grid:
             places = [name if some else None for name, some in zip(("row", "head", "query", "key"), many, strict=True)]
             return part((None, None, rows if many[2] else 1, keys if many[3] else 1), *places)
 
-        kinds: dict[str, Callable[[jax.Array], pl.BlockSpec]] = {
+        kinds: dict[str, Callable[[Any], pl.BlockSpec]] = {
             "of queries": lambda x: part((None, None, rows, x.shape[3]), "row", "head", "query", None),
             "of keys": lambda x: part((None, None, keys, x.shape[3]), "row", "shared", "key", None),
-            "numbers": lambda x: part((None, None, 1, rows), "row", "head", None, "query"),
+            "of numbers": lambda x: part((None, None, 1, rows), "row", "head", None, "query"),
             "q_ids": lambda x: part((None, 1, rows), "row", None, "query"),
             "k_ids": lambda x: part((None, 1, keys), "row", None, "key"),
             "pairs": pairs,
         }
-        names = {"q": "of queries", "slope": "of queries", "k": "of keys", "v": "of keys", "logs": "numbers",
-                 "own": "numbers", "dense": "pairs", "added": "pairs"}  # fmt: skip
+        names = {"q": "of queries", "slope": "of queries", "k": "of keys", "v": "of keys", "logs": "of numbers",
+                 "own": "of numbers", "dense": "pairs", "added": "pairs"}  # fmt: skip
         return {name: kinds[names.get(name, name)](x) for name, x in given.items()}
 
 
@@ -335,7 +351,7 @@ def queries_kernel(grid: Grid, names: tuple[str, ...], *all_refs: Any) -> None:
     if more and not wants:  # tiles that are not computed have no slopes
 
         @pl.when(jnp.logical_not(at.active))
-        def _() -> None:
+        def clear() -> None:
             more[0][...] = jnp.zeros(more[0].shape, jnp.float32)
 
     @pl.when(at.last)
@@ -392,7 +408,7 @@ def call(
     arrays = {name: x for name, x in given.items() if name not in SCALARS}
     b, h, heads = len(given["q"]), given["q"].shape[1], given["k"].shape[1]
     steps = (b, heads, grid.blocks, grid.groups, grid.tiles) if grid.of_keys else (b, h, grid.blocks, grid.tiles)
-    inputs, placed = grid.parts(arrays), grid.parts({k: v for k, v in outputs.items() if k != "learned"})
+    inputs, placed = grid.parts(arrays), grid.parts({k: v for k, v in outputs.items() if k not in ("learned", "added")})
     if "learned" in outputs:
         width = grid.plan.width
         placed["learned"] = pl.BlockSpec((None, None, None, 1, width), lambda b, h, i, *_: (b, h, i, 0, 0))
@@ -410,7 +426,7 @@ def call(
         ),
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3 + ("arbitrary",) * (len(steps) - 3),
+            dimension_semantics=[pltpu.PARALLEL] * 3 + [pltpu.ARBITRARY] * (len(steps) - 3)
         ),
         interpret=interpret,
         name=kernel.__name__,
