@@ -7,14 +7,14 @@ The head that DETR has for segmentation (Carion et al. 2020, arXiv:2005.12872, s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.spec import At, Spec, normal
+from formax.core.spec import At, Spec, normal, scaled
 from formax.layers import norm
 from formax.layers.attention.api import split_heads
 from formax.layers.conv import channels_first, conv, conv_spec
@@ -22,8 +22,6 @@ from formax.layers.linear import linear, linear_spec
 from formax.layers.maps import resize
 
 EPS = 1e-5
-
-xavier = lru_cache(lambda gain: jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform"))
 
 
 def mask_head_spec(c: Any, maps: Sequence[int]) -> dict[str, Spec]:
@@ -33,7 +31,7 @@ def mask_head_spec(c: Any, maps: Sequence[int]) -> dict[str, Spec]:
     """
     size, heads = c.d_model, c.encoder_attention_heads
     widths = [size + heads, size // 2, size // 4, size // 8, size // 16]
-    kernel, init = partial(conv_spec, init=normal(c.init_std)), xavier(c.init_xavier_std)
+    kernel, init = partial(conv_spec, init=normal(c.init_std)), scaled(c.init_xavier_std**2, "average", uniform=True)
     steps = zip([widths[0], *widths[:-1]], widths, strict=True)
     skips = zip(maps[2::-1], widths[1:4], strict=False)
     masks: dict[str, Spec] = {

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from formax.core import tap
 from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.layout import CONV_1D
-from formax.core.spec import At, Ignored, Param, Spec, constant, normal, stack_of
+from formax.core.spec import At, Ignored, Param, Spec, constant, normal, scaled, stack_of
 from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.conv import conv, conv_spec
@@ -26,8 +26,8 @@ from formax.layers.linear import linear, linear_spec
 from formax.layers.spec_augment import SpecAugmentConfig, drawn_spans
 
 EPS = 1e-5  # of the norms that do not follow `layer_norm_eps`
-HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # up to 1 / sqrt(fan_in)
+HE = scaled(2.0, "in")
+UNIFORM = scaled(1 / 3, "in", uniform=True)  # up to 1 / sqrt(fan_in)
 UNIT = jax.nn.initializers.uniform(1.0)  # 0 to 1
 
 

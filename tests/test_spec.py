@@ -310,3 +310,21 @@ def test_fold_wants_as_many_caches_as_layers() -> None:
 def test_no_layers_are_the_identity() -> None:
     x = jnp.ones((2, 6))
     assert fold(without_data, (), x)[0] is x
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 2, 4, 6), (3,)])
+def test_initial_values_are_the_same_drawn_in_a_row(shape: tuple[int, ...]) -> None:
+    for made in (specs.normal(0.3), *(specs.scaled(2.0, fan, uniform=u) for fan in ("in", "average") for u in (0, 1))):
+        if len(shape) > 1 or made is specs.normal(0.3):
+            drawn = made(KEY, shape, jnp.float32)
+            np.testing.assert_array_equal(made.in_a_row(KEY, shape, jnp.float32), drawn)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("fan", "theirs"), [("in", "fan_in"), ("out", "fan_out"), ("average", "fan_avg")])
+@pytest.mark.parametrize(("uniform", "kind"), [(False, "normal"), (True, "uniform")])
+def test_scaled_initial_values_are_jaxs(fan: str, theirs: Any, uniform: bool, kind: Any) -> None:
+    shape = (3, 2, 40, 60)
+    expected = jax.nn.initializers.variance_scaling(1.7, theirs, kind)(KEY, shape, jnp.float32)
+    np.testing.assert_array_equal(specs.scaled(1.7, fan, uniform=uniform)(KEY, shape, jnp.float32), expected)
+    expected = jax.nn.initializers.normal(0.3)(KEY, shape, jnp.float32)
+    np.testing.assert_array_equal(specs.normal(0.3)(KEY, shape, jnp.float32), expected)

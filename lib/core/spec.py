@@ -54,10 +54,50 @@ zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
 
 
+@dataclass(frozen=True)
+class Random:
+    """An initialiser of independent numbers around 0: standard normal, or uniform from -1 to 1, times a factor.
+
+    Attributes:
+        uniform: which of the two.
+        factor: `factor(shape, dtype)`.
+    """
+
+    uniform: bool
+    factor: Callable[[Sequence[int], Any], Any]
+
+    def __call__(self, key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        """Draws `shape`."""
+        return self._drawn(key, tuple(shape), dtype) * self.factor(shape, dtype)
+
+    def in_a_row(self, key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        """The same numbers, drawn as one row, which compiles several times faster than the windows of convolutions."""
+        return self._drawn(key, (math.prod(shape),), dtype).reshape(shape) * self.factor(shape, dtype)
+
+    def _drawn(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -1) if self.uniform else jax.random.normal(key, shape, dtype)
+
+
 @lru_cache(maxsize=256)
 def normal(std: float) -> Initializer:
     """Normal with standard deviation `std` and mean 0."""
-    return jax.nn.initializers.normal(std)
+    return Random(False, lambda shape, dtype: jnp.array(std, dtype))
+
+
+@lru_cache(maxsize=256)
+def scaled(scale: float, fan: str, *, uniform: bool = False) -> Initializer:
+    """Of variance `scale` over the number of inputs ("in"), of outputs ("out"), or their mean ("average").
+
+    Glorot & Bengio 2010 (scale 1, "average"); He et al. 2015, arXiv:1502.01852 (2, "in"). The last two dimensions are
+    inputs and outputs, those before a window.
+    """
+
+    def factor(shape: Sequence[int], dtype: Any) -> jax.Array:
+        *window, inputs, outputs = shape
+        size = {"in": inputs, "out": outputs, "average": (inputs + outputs) / 2}[fan] * math.prod(window)
+        return jnp.sqrt((3 if uniform else 1) * jnp.array(scale / size, dtype))
+
+    return Random(uniform, factor)
 
 
 @lru_cache(maxsize=256)
@@ -362,7 +402,10 @@ def _draw(
         values: dict[str, jax.Array] = {}
         for (shape, initializer, dtype), names in groups.items():
             keys = jnp.stack([rng.fold_path(key, name) for name in names])
-            drawn = jax.vmap(lambda k, make=initializer, shape=shape, dtype=dtype: make(k, shape, dtype))(keys)
+            # A row is split over devices in no way that the shape could be.
+            in_a_row = shardings is None and isinstance(initializer, Random)
+            make = initializer.in_a_row if in_a_row else initializer  # type: ignore[attr-defined]
+            drawn = jax.vmap(lambda k, make=make, shape=shape, dtype=dtype: make(k, shape, dtype))(keys)
             values.update({name: drawn[i] for i, name in enumerate(names)})
         return tuple(values[name] for name, *_ in plan)
 

@@ -15,15 +15,15 @@ from formax.core import tap
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
-from formax.core.spec import At, Spec, under
+from formax.core.spec import At, Spec, scaled, under
 from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.backbone import BackboneConfig
 from formax.layers.conv import channels_first, channels_last, conv, conv_spec, max_pool
 from formax.layers.linear import linear, linear_spec
 
-HE = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-LINEAR = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+HE = scaled(2.0, "out")
+LINEAR = scaled(1 / 3, "in", uniform=True)
 
 
 @config
