@@ -341,6 +341,9 @@ def test_each_platform_has_its_kernels() -> None:
 
 # --- kernels for chips that are not at hand
 
+# Of the way to Triton, from jax 0.12 on: there is no other for what this kernel does.
+DEPRECATED = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
 
 def slopes_of(backend: str, z: Sizes, given: Any) -> tuple[Any, Any]:
     """The gradient of a call to everything that has one, compiled for nothing yet, and its arguments' shapes."""
@@ -353,6 +356,7 @@ def slopes_of(backend: str, z: Sizes, given: Any) -> tuple[Any, Any]:
     return jax.grad(loss, argnums=(0, 1, 2, 3, 4)), shapes
 
 
+@DEPRECATED
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("mask", "bias"), [("causal segments and keys", "bucketed both ways"), ("dense", "pairs")])
 @pytest.mark.parametrize("backend", KERNELS)
@@ -427,7 +431,7 @@ def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
         whole = needed["whole"].reshape(z.b, queries, 2, 1)
         whole = (np.arange(keys) >= whole[:, :, 0]) & (np.arange(keys) < whole[:, :, 1])
         inside = np.arange(tp).reshape(queries, 1, -1, 1) < z.t  # what fills up the last block sees nothing
-        assert (parts | ~inside).all((3, 4))[whole].all()
+        assert ((parts | ~inside).all((3, 4)) >= whole).all()
     if name in ("window", "runs") and not of_keys:  # not one more than it takes
         np.testing.assert_array_equal(visited, parts.any((3, 4)))
     if name in ("window", "dilated window"):
@@ -468,6 +472,7 @@ def test_a_kernel_of_several_devices_needs_a_mesh(monkeypatch: pytest.MonkeyPatc
             assert "pallas_tpu   <- runs" in explain_attention(*HALF)
 
 
+@DEPRECATED
 @pytest.mark.parametrize("backend", KERNELS)
 def test_a_kernel_over_a_mesh(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     z = Sizes(b=4, t=17)
