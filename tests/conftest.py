@@ -24,6 +24,21 @@ settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# More processes than this would mostly wait for each other's imports, and each takes up to 1.5 GB.
+MOST_PROCESSES = 8
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes share the tests: one a core, or 0 (all in pytest's own) where it would not pay or not work."""
+    option = config.option
+    chosen = option.keyword or option.markexpr or not all(Path(one).is_dir() for one in config.args)
+    looked_into = option.trace or option.capture == "no" or option.collectonly
+    if chosen or looked_into or config.getoption("families_page", default=False):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_PROCESSES) if cores > 1 else 0
+
+
 # Every compiled program is some forty mappings of memory, of which Linux grants a process 65,530: the suite would crash
 # when they are used up, since JAX keeps all programs for good.
 KEPT_TESTS = 100

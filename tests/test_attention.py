@@ -15,8 +15,12 @@ from hypothesis import strategies as st
 from formax.core import spec as specs
 from formax.core.tap import Intervention, watch
 from formax.layers.attention import (
+    ALiBi,
+    Bucketed,
+    Indexed,
     KVCache,
     Mask,
+    alibi_slopes,
     attention,
     attention_spec,
     cross_attention,
@@ -236,8 +240,51 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     refused(r"q \(1, 5, 6, 4\) and k \(2, 7, 2, 4\) must agree in batch and head_dim", q=q[:1])
     refused(r"q \(2, 5, 6, 3\) and k \(2, 7, 2, 4\) must agree in batch and head_dim", q=q[..., 1:])
     refused(r"5 query heads of q \(2, 5, 5, 4\) cannot share 2 key heads", q=q[:, :, 1:])
-    refused(r"\[batch, key\] \(2, 6\), k \(2, 7, 2, 4\) has \(2, 7\)", mask=Mask(keys=jnp.ones((2, 6), bool)))
-    refused(r"\[batch, key\] \(3, 7\), k \(2, 7, 2, 4\) has \(2, 7\)", mask=Mask(keys=jnp.ones((3, 7), bool)))
+    for mask, message in (
+        (Mask(keys=jnp.ones((2, 6), bool)), r"mask\.keys has shape \(2, 6\), but \[batch, key\] is \(2, 7\) here"),
+        (Mask(keys=jnp.ones((3, 7), bool)), r"mask\.keys has shape \(3, 7\), but \[batch, key\] is \(2, 7\) here"),
+        (Mask(kv_length=jnp.ones(3)), r"mask\.kv_length has shape \(3,\), but \[batch\] is \(2,\) here"),
+        (Mask(prefix=jnp.ones(2)), "mask.prefix says what is seen though causal: set mask.causal, too"),
+        (Mask(causal=True, prefix=jnp.ones(3)), r"mask\.prefix has shape \(3,\), but \[batch\] is \(2,\) here"),
+        (
+            Mask(segments=(jnp.ones((2, 5)), jnp.ones((2, 5)))),
+            r"mask\.segments\[1\] has shape \(2, 5\), but .* \(2, 7\)",
+        ),
+        (
+            Mask(segments=(jnp.ones((2, 7)), jnp.ones((2, 7)))),
+            r"mask\.segments\[0\] has shape \(2, 7\), but .* \(2, 5\)",
+        ),
+        (Mask(q_offset=jnp.ones(3)), r"mask\.q_offset has shape \(3,\); it is one number, or \[batch\] 2"),
+        (Mask(window=(-1, 0)), r"mask\.window=\(-1, 0\) must be \(left, right\), each not negative"),
+        (Mask(dilation=2), "mask.dilation=2 thins out a window: give mask.window, too"),
+        (Mask(window=(1, 1), dilation=0), "mask.dilation=0 must be 1 or more"),
+        (Mask(dense=jnp.ones((6, 5, 6), bool)), r"mask\.dense has shape \(6, 5, 6\), which does not broadcast"),
+        (Mask(dense=jnp.ones((5, 7))), "mask.dense has dtype float32; it is booleans"),
+    ):
+        refused(message, mask=mask)
+    for bias, message in (
+        (ALiBi(jnp.ones(2)), r"bias\.slopes has shape \(2,\), but there are 6 heads: \[H\]"),
+        (Bucketed(jnp.ones((8, 2)), 20, True), r"bias\.table has shape \(8, 2\), but there are 6 heads"),
+        (
+            Indexed(jnp.ones((8, 6)), jnp.ones((5, 6), int)),
+            r"bias\.index has shape \(5, 6\), but .* 5 queries and 7 keys",
+        ),
+        (jnp.ones((2, 5, 7)), r"bias has shape \(2, 5, 7\), which does not broadcast to .* \(2, 6, 5, 7\)"),
+    ):
+        refused(message, bias=bias)
+    refused("softcap=0.0 must be a number above 0", softcap=0.0)
+    refused("dropout=1.5 is no probability", dropout=1.5)
+    refused(r"sinks has shape \(2,\), but there are 6 heads of queries", sinks=jnp.ones(2))
+    with pytest.raises(TypeError, match="q, k and v must be of one dtype, got float32, bfloat16 and float32"):
+        attention(q, k.astype(jnp.bfloat16), v)
+    with pytest.raises(TypeError, match="v must hold floating-point numbers, got int32"):
+        attention(q, k, v.astype(jnp.int32))
+
+
+def test_slopes_of_alibi_are_the_papers() -> None:
+    np.testing.assert_allclose(alibi_slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(alibi_slopes(3), [2.0**-4, 2.0**-8, 2.0**-2])
+    assert alibi_slopes(12).shape == (12,)
 
 
 # --- Hugging Face's attention_mask

@@ -475,10 +475,10 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_values_that_cannot_be_right(tmp_path: Path, name: str, value: Any) -> None:
     """Each is refused at once, by the name of the file and of the key."""
     written(tmp_path, **{name: value})
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: others may be running tests
     with pytest.raises(ConfigError) as caught:
         formax.from_pretrained(tmp_path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert name in str(caught.value)
 

@@ -13,6 +13,7 @@ import pytest
 from battery.goldens import Golden, goldens
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import weights
 from oracle.compare import error
 from safetensors.numpy import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -30,6 +31,7 @@ ALL = [golden for golden in goldens() if golden.family_name == "detr"]
 LOSSES = [golden for golden in ALL if "out.loss" in golden.arrays]
 PARTS = ("encoder", "decoder")
 LOSS = jax.jit(detection.set_loss, static_argnums=1)
+FEATURES = jax.jit(resnet.features, static_argnums=1, static_argnames="shrink")
 
 
 def named(name: str) -> Golden:
@@ -256,10 +258,13 @@ def test_the_published_detector() -> None:
 def test_dilated_stages_see_what_strided_ones_see(kind: str, shrink: int) -> None:
     """Of maps that keep their size, every second (fourth) place is what the strided network computes there."""
     c = resnet.ResNetConfig(embedding_size=4, hidden_sizes=(8, 8, 12, 16), depths=(1, 2, 2, 3), layer_type=kind)
-    p = specs.init(resnet.features_spec(c), jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (1, 75, 98, 3))
-    strided = resnet.features(p, c, x)
-    dilated = resnet.features(p, c, x, shrink=shrink)
+    # weights of the oracle's: to compile the program that draws initial ones takes half a minute
+    p = specs.build(
+        resnet.features_spec(c),
+        lambda entry: entry.param.layout.load(weights.tensor(entry.name, entry.stored_shape), entry.param.shape),
+    )
+    x = np.random.default_rng(1).standard_normal((1, 75, 98, 3), np.float32)
+    strided, dilated = (FEATURES(p, c, x, shrink=one) for one in (None, shrink))
     for i, (a, b) in enumerate(zip(strided, dilated, strict=True)):
         step = max(1, 2 ** (i + 1) // shrink) if i else 1
         assert a.shape[1] == -(-b.shape[1] // step)

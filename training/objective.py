@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core.family import Architecture
 from formax.layers.seq2seq import shift_right
 from formax.model import Model
 from formax.training import detection, losses, speech
@@ -37,17 +38,17 @@ def loss(model: Model, batch: Batch, *, key: jax.Array | None = None) -> jax.Arr
     Raises:
         ValueError: the architecture has no objective, or the batch lacks its targets.
     """
-    out = model(**inputs_of(model, batch), key=key)
+    out = model(**inputs_of(model.architecture, model.config, batch), key=key)
     return loss_of(model, out, batch)
 
 
-def inputs_of(model: Model, batch: Batch) -> dict[str, Any]:
-    """The model's inputs in a batch; the ids that a decoder reads are made from `labels` where they are missing."""
+def inputs_of(architecture: Architecture, config: Any, batch: Batch) -> dict[str, Any]:
+    """A model's inputs in a batch; the ids that a decoder reads are made from `labels` where they are missing."""
     inputs = {name: x for name, x in batch.items() if name.partition(".")[0] not in TARGETS}
     reads = {"decoder_input_ids", "decoder_inputs_embeds"}
-    writes = model.architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq")
+    writes = architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq")
     if writes and "labels" in batch and not reads & inputs.keys():
-        start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+        start, pad = config.decoder_start_token_id, config.pad_token_id
         inputs["decoder_input_ids"] = shift_right(jnp.asarray(batch["labels"]), start, pad)
     return inputs
 

@@ -121,7 +121,8 @@ def make_train_step(
             weights = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), weights)
         held = {path: leaf for path, leaf in specs.flatten(buffers).items() if leaf is not None}
         model = model.replace(params=join(weights, buffers))
-        out, seen = model.run(inputs_of(model, batch), optional=tuple(map(specs.dotted, held)), key=key)
+        inputs = inputs_of(model.architecture, model.config, batch)
+        out, seen = model.run(inputs, optional=tuple(map(specs.dotted, held)), key=key)
         after = {path: jnp.asarray(seen.get(specs.dotted(path), leaf), leaf.dtype) for path, leaf in held.items()}
         return objective(model, out, batch).astype(jnp.float32), specs.unflatten({**specs.flatten(buffers), **after})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +20,10 @@ from formax import loading
 from formax.core import registry
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
-from formax.layers.seq2seq import shift_right
+from formax.training import objective
 
 ROOT = Path(__file__).resolve().parent.parent / "goldens"
-# Arguments of the reference that are no inputs of a forward pass here: losses are functions of their own, and whether
-# there is a cache is said by passing one.
-LABELS = {"labels", "next_sentence_label", "start_positions", "end_positions", "mc_labels", "sampled_negative_indices"}
+# Whether there is a cache is said by passing one, and losses are functions of their own.
 SWITCHES = {"use_cache", "return_loss"}
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -52,17 +51,8 @@ class Golden:
     @property
     def inputs(self) -> Tensors:
         """Arrays of the call; where the reference makes the decoder's ids of labels, these."""
-        given = self._under("in.")
-        inputs = {name: array for name, array in given.items() if name.partition(".")[0] not in LABELS}
-        if (
-            self.architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq")
-            and "labels" in given
-            and "decoder_input_ids" not in inputs
-        ):
-            c = self.config
-            start, pad = c.decoder_start_token_id, c.pad_token_id
-            inputs["decoder_input_ids"] = np.asarray(shift_right(jnp.asarray(given["labels"]), start, pad))
-        return inputs
+        made = objective.inputs_of(self.architecture, self.config, self.given)
+        return {name: np.asarray(array) for name, array in made.items()}
 
     @property
     def hooks(self) -> ModuleType:
@@ -134,6 +124,17 @@ def goldens() -> list[Golden]:
     families = set(some.split(",")) if some else {path.name for path in ROOT.iterdir()} - {"real"}
     files = sorted(path for path in ROOT.glob("*/*.json") if path.parent.name in families)
     return [Golden(path.parent.name, path.stem) for path in files]
+
+
+def weighted(out: Any) -> jax.Array:
+    """A number that every element of an output moves, each by a weight of its own.
+
+    The weights are random, for a plain sum, or one of squares, is flat after a normalisation. NumPy draws them: the
+    programs of `jax.random` would be a third of what is compiled for a gradient.
+    """
+    arrays = jax.tree.leaves(out)
+    draws = (np.random.default_rng(i).standard_normal(x.shape, np.float32) for i, x in enumerate(arrays))
+    return sum(map(jnp.vdot, draws, arrays), start=jnp.zeros(()))
 
 
 def one_each() -> list[Golden]:

@@ -1,5 +1,6 @@
 """Layers run one by one, in a loop, or computed again in the backward pass: the same model."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import PartitionSpec
 from oracle.compare import error
 
 import formax
-from battery.goldens import Golden, one_each
+from battery.goldens import Golden, one_each, weighted
 from formax.core import spec as specs
 from formax.sharding import make_mesh, shard
 
@@ -20,6 +21,7 @@ TOLERANCE = 1e-5
 KEY = jax.random.key(0)
 
 
+@cache
 def stacks(golden: Golden) -> frozenset[str]:
     """Where the tree has layers, if they are all equal."""
     shapes = specs.abstract(golden.architecture.spec(golden.config))
@@ -57,18 +59,21 @@ def test_stacked_layers_compute_the_same(golden: Golden, tmp_path: Path) -> None
 @pytest.mark.parametrize("golden", one_a_family(), ids=str)
 def test_gradients_of_stacked_and_rematerialised_layers(golden: Golden, tmp_path: Path) -> None:
     model, _ = golden.open(tmp_path)
+    stacked = model.stack_layers()
+    variants = (model, stacked, model.replace(remat=True), stacked.replace(remat=True))
     given = {name: jnp.asarray(x) for name, x in golden.inputs.items()}
 
-    def weighted(model: Any, inputs: Any, key: Any) -> jax.Array:
-        arrays = jax.tree.leaves(model(**inputs, key=key))
-        draws = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(arrays)]
-        return sum(map(jnp.vdot, draws, arrays), start=jnp.zeros(()))
+    # One program of all four, of which each has parameters of its own: XLA compiles kernels that are alike once.
+    @jax.jit
+    def gradients(models: Any, inputs: Any, key: Any) -> Any:
+        return [jax.grad(lambda model: weighted(model(**inputs, key=key)))(model) for model in models]
 
-    gradient = jax.jit(jax.grad(weighted))
-    expected = specs.flatten(gradient(model, given, KEY).params)
+    expected, *others = (
+        {path: np.asarray(leaf) for path, leaf in specs.flatten(one.unstack_layers().params).items()}
+        for one in gradients(variants, given, KEY)
+    )
     least = np.sqrt(np.mean([np.var(leaf) for leaf in expected.values()]))
-    for one in (model.stack_layers(), model.replace(remat=True), model.stack_layers().replace(remat=True)):
-        found = specs.flatten(gradient(one, given, KEY).unstack_layers().params)
+    for found in others:
         assert found.keys() == expected.keys()
         far = {path: np.abs(found[path] - x).max() / max(np.std(x), least) for path, x in expected.items()}
         worst = max(far, key=lambda path: far[path])

@@ -10,18 +10,28 @@ from typing import Any
 import numpy as np
 
 from oracle.cases import (
+    TRACES,
     VOCAB,
     Array,
     T,
     Tensors,
+    U,
+    answers_cut_off,
+    both,
     change,
     change_input,
     configure,
-    ending,
     floats,
+    heads_last,
     ids,
+    ignored_labels_count,
     labels,
+    labels_off_by_one,
     mask,
+    not_causal,
+    swap,
+    swap_head_masks,
+    written,
     zero,
 )
 from oracle.families import Bug, Case
@@ -40,20 +50,12 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 5,
 }
-U = 27  # tokens that the decoder is given
 
 
 def text(name: str, *lengths: int, left: bool = False) -> Tensors:
     """Returns what the encoder reads: token ids and their padding mask, `[rows, T]`, without special tokens."""
     seen = mask(*lengths, left=left)
     return {"input_ids": np.where(seen, ids(f"{name}.input_ids", *seen.shape, low=6), 3), "attention_mask": seen}
-
-
-def written(name: str, rows: int = 2) -> Tensors:
-    """Returns what the decoder has written so far, `[rows, U]`; in the last row some tokens are not to be looked at."""
-    seen = np.ones((rows, U), np.int64)
-    seen[-1, 4:9] = seen[-1, 22:] = 0
-    return {"decoder_input_ids": ids(f"{name}.decoder_input_ids", rows, U), "decoder_attention_mask": seen}
 
 
 PADDED = text("padded", 25, 17)
@@ -69,7 +71,7 @@ ENDED["input_ids"][[0, 0, 1, 1], [9, 24, 5, 16]] = SIZES["eos_token_id"]
 STATES = floats("encoder_outputs", 1, 2, 13, 36)  # the reference takes a tuple, of which this array is the first
 MEMORY = {"encoder_hidden_states": floats("memory", 2, 13, 36), "encoder_attention_mask": mask(13, 8, width=13)}
 SEEN = ("last_hidden_state", "encoder_last_hidden_state")
-TRACES = ("encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "decoder_attentions")
+INSIDE = ("encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "decoder_attentions")
 
 # ---- the five heads, each with its loss ------------------------------------------------------------------------------
 
@@ -177,8 +179,8 @@ INPUTS = (
         "BartModel",
         SIZES,
         text("traces", 13) | {"decoder_input_ids": ids("traces", 1, 15)},
-        (*SEEN, *TRACES, "cross_attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        (*SEEN, *INSIDE, "cross_attentions"),
+        TRACES,
     ),
     Case(
         "traces_of_a_decoder",
@@ -186,7 +188,7 @@ INPUTS = (
         SIZES,
         text("traces_of_a_decoder", 15) | {"encoder_hidden_states": MEMORY["encoder_hidden_states"][:1]},
         ("logits", "hidden_states", "attentions", "cross_attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     # Vectors so small that the epsilon of the first norms, 1e-5, is what they are measured against.
     Case(
@@ -371,34 +373,6 @@ CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
 # ---- mistakes that the cases above must show -------------------------------------------------------------------------
 
 
-def _swap(one: str, other: str) -> Any:
-    """Takes tensors for each other."""
-
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for key in ending(tensors, one):
-            twin = key.removesuffix(one) + other
-            tensors[key], tensors[twin] = tensors[twin], tensors[key]
-
-    return apply
-
-
-def _both(*plants: Any) -> Any:
-    """Several mistakes at once."""
-
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for plant in plants:
-            plant(config, tensors, inputs)
-
-    return apply
-
-
-def _not_causal(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    # the reference adds a mask of four dimensions to the scores as it is
-    name = "decoder_attention_mask" if "decoder_attention_mask" in inputs else "attention_mask"
-    seen = inputs[name][:, None, None, :].astype(np.float32)
-    inputs[name] = np.broadcast_to((1 - seen) * -1e9, (*seen.shape[:2], seen.shape[-1], seen.shape[-1])).copy()
-
-
 def _shifted(name: str, pad: int, start: int) -> Any:
     """Gives the decoder that input, shifted."""
 
@@ -414,22 +388,12 @@ def _not_shifted(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> N
     inputs["decoder_input_ids"] = inputs["input_ids"].copy()
 
 
-def _swap_head_masks(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    own = "decoder_head_mask" if "decoder_head_mask" in inputs else "head_mask"
-    inputs[own], inputs["cross_attn_head_mask"] = inputs["cross_attn_head_mask"], inputs[own]
-
-
 def _first_end(input_ids: Array) -> Array:
     """Drops the last end-of-text token of every row."""
     out = input_ids.copy()
     for row in out:
         row[np.flatnonzero(row == 2)[-1]] = 9
     return out
-
-
-def _heads_last(heads: int) -> Any:
-    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
-    return lambda w: w[np.arange(w.shape[0]).reshape(w.shape[0] // heads, heads).T.ravel()]
 
 
 WHOLE = ("model", "conditional_generation", "conditional_generation_of_ids", "act_relu")
@@ -463,20 +427,20 @@ BUGS = (
     Bug(
         "query and key exchanged",
         EVERY,
-        _both(_swap("q_proj.weight", "k_proj.weight"), _swap("q_proj.bias", "k_proj.bias")),
+        swap("q_proj", "k_proj", "weight", "bias"),
     ),
     Bug("scores not divided by sqrt(d)", EVERY, change(lambda w: w * 3.0, "q_proj.weight", "q_proj.bias")),
-    Bug("heads of the encoder split the wrong way round", LAYERS, change(_heads_last(4), *ENCODER_QKV)),
-    *_of_decoder("heads of the decoder split the wrong way round", change(_heads_last(3), *DECODER_QKV)),
+    Bug("heads of the encoder split the wrong way round", LAYERS, change(heads_last(4), *ENCODER_QKV)),
+    *_of_decoder("heads of the decoder split the wrong way round", change(heads_last(3), *DECODER_QKV)),
     Bug("the encoder has the decoder's heads", LAYERS, configure(encoder_attention_heads=3)),
     *_of_decoder(
         "the decoder has the encoder's heads", configure(decoder_attention_heads=4), cases=(*LAYERS, "causal_lm")
     ),
     Bug("square kernels not transposed", EVERY, change(np.transpose, "v_proj.weight")),
-    Bug("norms of a layer exchanged", EVERY, _swap("self_attn_layer_norm.weight", "final_layer_norm.weight")),
+    Bug("norms of a layer exchanged", EVERY, swap("self_attn_layer_norm.weight", "final_layer_norm.weight")),
     *_of_decoder(
         "cross-attention's norm taken for its own",
-        _swap("encoder_attn_layer_norm.weight", "self_attn_layer_norm.weight"),
+        swap("encoder_attn_layer_norm.weight", "self_attn_layer_norm.weight"),
         cases=LAYERS,
     ),
     # The two curves are within 5e-4 of each other everywhere.
@@ -491,7 +455,7 @@ BUGS = (
     Bug(
         "epsilon forgotten",
         ("tiny_inputs",),
-        _both(
+        both(
             change_input("inputs_embeds", lambda x: 1000 * x),
             change_input("decoder_inputs_embeds", lambda x: 1000 * x),
             change(lambda w: 1000 * w, "embed_positions.weight"),
@@ -513,7 +477,7 @@ BUGS = (
     ),
     *_of_decoder(
         "decoder not causal",
-        _not_causal,
+        not_causal,
         cases=("model", "conditional_generation_of_ids", "causal_lm", "causal_lm_cross"),
     ),
     Bug("cross-attention left out", ("causal_lm_cross",), zero("encoder_attn.out_proj.weight")),
@@ -537,7 +501,7 @@ BUGS = (
     Bug(
         "given vectors scaled, too",
         ("inputs_embeds",),
-        _both(
+        both(
             change_input("inputs_embeds", lambda x: 6 * x),
             change_input("decoder_inputs_embeds", lambda x: 6 * x),
         ),
@@ -556,7 +520,7 @@ BUGS = (
         cases=("head_masks",),
     ),
     *_of_decoder(
-        "head masks of own and cross-attention exchanged", _swap_head_masks, cases=("head_masks", "causal_lm_cross")
+        "head masks of own and cross-attention exchanged", swap_head_masks, cases=("head_masks", "causal_lm_cross")
     ),
     *_of_decoder(
         "head masks of layers exchanged",
@@ -566,33 +530,17 @@ BUGS = (
     Bug(
         "tables of encoder and decoder exchanged",
         ("untied",),
-        _swap("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+        swap("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     ),
     Bug(
         "the output read from the decoder's table",
         ("untied", "causal_lm_untied"),
-        _swap("lm_head.weight", "model.decoder.embed_tokens.weight"),
+        swap("lm_head.weight", "model.decoder.embed_tokens.weight"),
         outputs=("logits",),
     ),
-    Bug(
-        "ignored labels counted as token 0",
-        ("conditional_generation_of_ids", "causal_lm"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        outputs=("loss",),
-    ),
-    Bug(
-        "labels off by one token",
-        ("conditional_generation_of_ids", "causal_lm"),
-        change_input("labels", lambda y: np.roll(y, 1, 1)),
-        least=5e-3,
-        outputs=("loss",),
-    ),
-    Bug(
-        "answer beyond the text counted as its last token",
-        ("question_answering",),
-        change_input("end_positions", lambda at: np.minimum(at, T - 1)),
-        outputs=("loss",),
-    ),
+    ignored_labels_count("conditional_generation_of_ids", "causal_lm"),
+    labels_off_by_one("conditional_generation_of_ids", "causal_lm", least=5e-3),
+    answers_cut_off("question_answering"),
 )
 
 # Losses of the next word whose labels are not shifted.

@@ -9,18 +9,23 @@ from typing import Any
 import numpy as np
 
 from oracle.cases import (
+    TRACES,
     VOCAB,
     Array,
     T,
     Tensors,
+    answers_cut_off,
     change,
     change_input,
     configure,
-    ending,
     floats,
+    heads_last,
     ids,
+    ignored_labels_count,
     labels,
+    labels_off_by_one,
     mask,
+    swap,
     zero,
 )
 from oracle.families import Bug, Case
@@ -210,7 +215,7 @@ INPUTS = (
         SIZES,
         text("traces", 17),
         ("last_hidden_state", "pooler_output", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     Case(
         "traces_of_a_head",
@@ -318,7 +323,7 @@ DECODERS = (
         CROSS,
         text("cross_traces", 17) | {k: v[1:] for k, v in MEMORY.items()},
         ("last_hidden_state", "hidden_states", "attentions", "cross_attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     # The encoder's states need no mask; one head mask serves self- and cross-attention.
     Case(
@@ -468,27 +473,15 @@ CASES = HEADS + INPUTS + CONFIGS + DECODERS + CHECKPOINTS
 # ---- mistakes that the cases above must show ------------------------------------------------------------------------
 
 
-def _swap_query_key(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    for key in ending(tensors, "self.query.weight", "self.query.bias"):
-        other = key.replace("query", "key")
-        tensors[key], tensors[other] = tensors[other], tensors[key]
-
-
-def _heads_last(kernel_or_bias: Array) -> Array:
-    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
-    heads, size = SIZES["num_attention_heads"], kernel_or_bias.shape[0] // SIZES["num_attention_heads"]
-    return kernel_or_bias[np.arange(kernel_or_bias.shape[0]).reshape(size, heads).T.ravel()]
-
-
 ENCODERS = (*(case.name for case in HEADS if case.name != "lm_head"), "left_padded")
 QKV = tuple(f"self.{part}.{leaf}" for part in ("query", "key", "value") for leaf in ("weight", "bias"))
 
 BUGS = (
     Bug("segments forgotten", ENCODERS, zero("token_type_embeddings.weight")),
     Bug("positions forgotten", ENCODERS, zero("position_embeddings.weight")),
-    Bug("query and key exchanged", ENCODERS, _swap_query_key),
+    Bug("query and key exchanged", ENCODERS, swap("self.query", "self.key", "weight", "bias")),
     Bug("scores not divided by sqrt(d)", ENCODERS, change(lambda w: w * 3.0, "self.query.weight", "self.query.bias")),
-    Bug("heads split the wrong way round", ENCODERS, change(_heads_last, *QKV)),
+    Bug("heads split the wrong way round", ENCODERS, change(heads_last(SIZES["num_attention_heads"]), *QKV)),
     Bug("square kernels not transposed", ENCODERS, change(np.transpose, "self.value.weight")),
     Bug("layer_norm_eps 1e-12 hard-coded", ENCODERS, configure(layer_norm_eps=1e-12)),
     # The two curves are within 5e-4 of each other everywhere, so this is the bug that shows least. The bound is still
@@ -530,25 +523,9 @@ BUGS = (
     Bug("position_ids ignored", ("position_ids",), change_input("position_ids", lambda p: np.arange(T)[None] + 0 * p)),
     Bug("encoder's padding attended to", ("cross",), change_input("encoder_attention_mask", np.ones_like)),
     Bug("cross-attention left out", ("cross", "cross_mask_3d"), zero("crossattention.output.dense.weight")),
-    Bug(
-        "ignored labels counted as token 0",
-        ("pre_training", "masked_lm", "lm_head", "token_classification", "cross"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        outputs=("loss",),
-    ),
-    Bug(
-        "labels off by one token",
-        ("masked_lm", "lm_head"),
-        change_input("labels", lambda y: np.roll(y, 1, 1)),
-        1e-2,
-        ("loss",),
-    ),
-    Bug(
-        "answer beyond the text counted as its last token",
-        ("question_answering",),
-        change_input("end_positions", lambda at: np.minimum(at, T - 1)),
-        outputs=("loss",),
-    ),
+    ignored_labels_count("pre_training", "masked_lm", "lm_head", "token_classification", "cross"),
+    labels_off_by_one("masked_lm", "lm_head"),
+    answers_cut_off("question_answering"),
 )
 
 # Parameters without influence: a key's bias adds the same to all scores of a query, and the softmax takes it away.

@@ -10,7 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from oracle.cases import VOCAB, Array, T, Tensors, change, change_input, configure, ending, floats, ids, mask, zero
+from oracle.cases import (
+    TRACES,
+    VOCAB,
+    Array,
+    T,
+    Tensors,
+    change,
+    change_input,
+    configure,
+    ending,
+    floats,
+    ids,
+    mask,
+    zero,
+)
 from oracle.families import Bug, Case
 
 END = VOCAB - 1  # ends every text; the reference takes that token's state for the whole text's
@@ -41,7 +55,6 @@ VISION: dict[str, Any] = {
 }
 BOTH: dict[str, Any] = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 19}
 STRETCH = {"interpolate_pos_encoding": True}
-TRACES = {"output_hidden_states": True, "output_attentions": True}
 
 
 def texts(name: str, *lengths: int, pad: int = 1, left: bool = False) -> Tensors:

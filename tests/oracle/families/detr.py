@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from oracle.cases import Array, Tensors, change, change_input, configure, ending, floats, ids, zero
+from oracle.cases import TRACES, Array, Tensors, change, change_input, configure, floats, ids, swap, zero
 from oracle.families import Bug, Case
 
 BACKBONE: dict[str, Any] = {
@@ -93,7 +93,6 @@ MAPS = sharp("bbox_attention.q_linear.weight", 64, 64)
 BARE = ("last_hidden_state", "encoder_last_hidden_state")
 FOUND = ("logits", "pred_boxes")
 LOSSES = ("loss", "loss_dict")
-TRACES = {"output_hidden_states": True, "output_attentions": True}
 # The decoder starts from zeros, which show nothing.
 TRACED = (
     "encoder_hidden_states",
@@ -316,17 +315,6 @@ ALL = (*DETECTORS, "segmentation", "learned_positions")
 MASKED = tuple(name for name in ALL if name != "no_mask")
 
 
-def _swap(one: str, other: str) -> Any:
-    """Plants two parameters exchanged."""
-
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for key in ending(tensors, f"{one}.weight", f"{one}.bias"):
-            twin = key.replace(one, other)
-            tensors[key], tensors[twin] = tensors[twin], tensors[key]
-
-    return apply
-
-
 def _halves(table: Array) -> Array:
     """Takes the positions of columns for those of rows: in what reads them, the halves of the input exchange."""
     return np.roll(table, table.shape[1] // 2, 1)
@@ -361,14 +349,14 @@ BUGS = (
         tuple(name for name in MASKED if name != "segmentation"),
         change_input("pixel_mask", _shift),
     ),
-    Bug("query and key exchanged", ALL, _swap("q_proj", "k_proj")),
+    Bug("query and key exchanged", ALL, swap("q_proj", "k_proj", "weight", "bias")),
     Bug("projections not transposed", ALL, change(np.transpose, "self_attn.v_proj.weight")),
     *_decoder("query positions forgotten", zero("query_position_embeddings.weight")),
     *_decoder("positions of rows and columns exchanged", change(_halves, "encoder_attn.k_proj.weight")),
     *_decoder("sines and cosines in another order", change(_frequencies, "encoder_attn.k_proj.weight")),
     *_decoder("cross-attention left out", zero("encoder_attn.out_proj.weight")),
     *_decoder("the decoder's last norm left out", change(np.ones_like, "decoder.layernorm.weight")),
-    Bug("rows and columns exchanged", ("learned_positions",), _swap("row_embeddings", "column_embeddings")),
+    Bug("rows and columns exchanged", ("learned_positions",), swap("row_embeddings", "column_embeddings", "weight")),
     Bug(
         "the decoder's layers normed",
         ("model", "object_detection"),

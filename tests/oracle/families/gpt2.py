@@ -9,18 +9,25 @@ from typing import Any
 import numpy as np
 
 from oracle.cases import (
+    TRACES,
     VOCAB,
     Array,
     T,
     Tensors,
+    answers_cut_off,
     change,
     change_input,
     configure,
     ending,
     floats,
     ids,
+    ignored_labels_count,
     labels,
+    labels_off_by_one,
     mask,
+    question_answering,
+    text,
+    token_classification,
     zero,
 )
 from oracle.families import Bug, Case
@@ -38,12 +45,6 @@ SIZES: dict[str, Any] = {
 }
 LABELLED = SIZES | {"num_labels": 3, "pad_token_id": 0}
 CROSS = SIZES | {"add_cross_attention": True}
-
-
-def text(name: str, *lengths: int, left: bool = False) -> Tensors:
-    """Returns token ids and padding mask, each `[rows, T]`."""
-    seen = mask(*lengths, left=left)
-    return {"input_ids": ids(f"{name}.input_ids", *seen.shape) * seen, "attention_mask": seen}
 
 
 def with_pad_inside(inputs: Tensors) -> Tensors:
@@ -87,21 +88,9 @@ HEADS = (
         with_pad_inside(PADDED) | {"labels": np.array([2, 0])},
         ("loss", "logits"),
     ),
-    Case(
-        "token_classification",
-        "GPT2ForTokenClassification",
-        SIZES | {"num_labels": 5},
-        PADDED | {"labels": labels("token_classification", 5, PADDED["attention_mask"])},
-        ("loss", "logits"),
-    ),
+    token_classification("GPT2", SIZES, PADDED),
     # The second answer ends beyond the text and does not count.
-    Case(
-        "question_answering",
-        "GPT2ForQuestionAnswering",
-        SIZES,
-        PADDED | {"start_positions": np.array([3, 11]), "end_positions": np.array([7, 30])},
-        ("loss", "start_logits", "end_logits"),
-    ),
+    question_answering("GPT2", SIZES, PADDED),
 )
 
 # ---- what can be passed in ------------------------------------------------------------------------------------------
@@ -155,7 +144,7 @@ INPUTS = (
         SIZES,
         text("traces", 17),
         ("logits", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
 )
 
@@ -242,7 +231,7 @@ CONFIGS = (
         CROSS,
         text("cross_traces", 17) | {k: v[1:] for k, v in MEMORY.items()},
         ("last_hidden_state", "hidden_states", "attentions", "cross_attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     # Built for cross-attention, but called without anything to attend to: the layers are passed over.
     Case("cross_unused", "GPT2Model", CROSS, PADDED, ("last_hidden_state",)),
@@ -397,24 +386,9 @@ BUGS = (
     Bug("cross-attention left out", ("cross", "cross_scaled"), zero("crossattention.c_proj.weight")),
     Bug("encoder's padding attended to", ("cross",), change_input("encoder_attention_mask", np.ones_like)),
     Bug("head tied all the same", ("untied",), configure(tie_word_embeddings=True)),
-    Bug(
-        "ignored labels counted as token 0",
-        ("lm_head", "double_heads", "token_classification", "cross"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        outputs=("loss",),
-    ),
-    Bug(
-        "labels off by one token",
-        ("lm_head", "double_heads"),
-        change_input("labels", lambda y: np.roll(y, 1, -1)),
-        outputs=("loss",),
-    ),
-    Bug(
-        "answer beyond the text counted as its last token",
-        ("question_answering",),
-        change_input("end_positions", lambda at: np.minimum(at, T - 1)),
-        outputs=("loss",),
-    ),
+    ignored_labels_count("lm_head", "double_heads", "token_classification", "cross"),
+    labels_off_by_one("lm_head", "double_heads"),
+    answers_cut_off("question_answering"),
 )
 
 # A key's bias is a third of `c_attn.bias`, and shows with the other two thirds.

@@ -10,18 +10,25 @@ from typing import Any
 import numpy as np
 
 from oracle.cases import (
+    TRACES,
     VOCAB,
     Array,
     T,
     Tensors,
+    answers_cut_off,
     change,
     change_input,
     configure,
-    ending,
     floats,
+    heads_last,
     ids,
+    ignored_labels_count,
     labels,
-    mask,
+    labels_off_by_one,
+    question_answering,
+    swap,
+    text,
+    token_classification,
     zero,
 )
 from oracle.families import Bug, Case
@@ -39,12 +46,6 @@ SIZES: dict[str, Any] = {
     "rope_theta": 300.0,
     "pad_token_id": 0,
 }
-
-
-def text(name: str, *lengths: int, left: bool = False) -> Tensors:
-    """Returns token ids and padding mask, each `[rows, T]`."""
-    seen = mask(*lengths, left=left)
-    return {"input_ids": ids(f"{name}.input_ids", *seen.shape) * seen, "attention_mask": seen}
 
 
 def pairs(name: str, rows: int) -> Array:
@@ -76,21 +77,9 @@ HEADS = (
         PADDED | {"labels": np.array([2, 0])},
         ("loss", "logits"),
     ),
-    Case(
-        "token_classification",
-        "LlamaForTokenClassification",
-        SIZES | {"num_labels": 5},
-        PADDED | {"labels": labels("token_classification", 5, PADDED["attention_mask"])},
-        ("loss", "logits"),
-    ),
+    token_classification("Llama", SIZES, PADDED),
     # In this head alone the base model is stored as `transformer`. The second answer ends beyond the text.
-    Case(
-        "question_answering",
-        "LlamaForQuestionAnswering",
-        SIZES,
-        PADDED | {"start_positions": np.array([3, 11]), "end_positions": np.array([7, 30])},
-        ("loss", "start_logits", "end_logits"),
-    ),
+    question_answering("Llama", SIZES, PADDED),
 )
 
 # ---- what can be passed in ------------------------------------------------------------------------------------------
@@ -137,7 +126,7 @@ INPUTS = (
         SIZES,
         text("traces", 17),
         ("logits", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
 )
 
@@ -270,21 +259,6 @@ CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
 # ---- mistakes that the cases above must show ------------------------------------------------------------------------
 
 
-def _exchange(one: str, other: str) -> Any:
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for key in ending(tensors, one):
-            twin = key.removesuffix(one) + other
-            tensors[key], tensors[twin] = tensors[twin], tensors[key]
-
-    return apply
-
-
-def _heads_last(kernel: Array) -> Array:
-    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
-    size = SIZES["head_dim"]
-    return kernel[np.arange(kernel.shape[0]).reshape(size, -1).T.ravel()]
-
-
 def _interleaved(kernel: Array) -> Array:
     """Reads the rows of a head as pairs of neighbours, which the original checkpoints rotate together."""
     heads = kernel.reshape(-1, SIZES["head_dim"], kernel.shape[-1])
@@ -327,10 +301,10 @@ BUGS = (
     Bug("rotary scaling ignored", SCALED, configure(rope_scaling=None)),
     Bug("neighbours rotated together", DECODERS, change(_interleaved, *ROTATED)),
     Bug("query heads share keys in turns", DECODERS, change(_cyclic_groups, "q_proj.weight")),
-    Bug("heads split the wrong way round", DECODERS, change(_heads_last, "v_proj.weight")),
-    Bug("key and value exchanged", DECODERS, _exchange("k_proj.weight", "v_proj.weight")),
-    Bug("gate and up exchanged", DECODERS, _exchange("gate_proj.weight", "up_proj.weight")),
-    Bug("the two norms exchanged", DECODERS, _exchange("input_layernorm.weight", "post_attention_layernorm.weight")),
+    Bug("heads split the wrong way round", DECODERS, change(heads_last(2), "v_proj.weight")),
+    Bug("key and value exchanged", DECODERS, swap("k_proj.weight", "v_proj.weight")),
+    Bug("gate and up exchanged", DECODERS, swap("gate_proj.weight", "up_proj.weight")),
+    Bug("the two norms exchanged", DECODERS, swap("input_layernorm.weight", "post_attention_layernorm.weight")),
     Bug("scores not divided by sqrt(d)", DECODERS, change(lambda w: w * 10**0.5, "q_proj.weight")),
     # heads of 10 where the hidden size would give 6
     Bug("scores divided by sqrt(hidden / heads)", DECODERS, change(lambda w: w * (10 / 6) ** 0.5, "q_proj.weight")),
@@ -361,21 +335,9 @@ BUGS = (
     Bug("yarn's two scales ignored", ("rope_yarn_mscale",), _scale(mscale=None)),
     Bug("yarn's bounds rounded all the same", ("rope_yarn_mscale",), _scale(truncate=True)),
     Bug("an old kind of scaling not seen", ("old_rope_scaling",), configure(rope_scaling=None)),
-    Bug(
-        "ignored labels counted as token 0",
-        ("causal_lm", "token_classification"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        outputs=("loss",),
-    ),
-    Bug(
-        "labels off by one token", ("causal_lm",), change_input("labels", lambda y: np.roll(y, 1, 1)), outputs=("loss",)
-    ),
-    Bug(
-        "answer beyond the text counted as its last token",
-        ("question_answering",),
-        change_input("end_positions", lambda at: np.minimum(at, T - 1)),
-        outputs=("loss",),
-    ),
+    ignored_labels_count("causal_lm", "token_classification"),
+    labels_off_by_one("causal_lm"),
+    answers_cut_off("question_answering"),
 )
 
 INVISIBLE: tuple[str, ...] = ()

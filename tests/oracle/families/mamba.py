@@ -18,8 +18,10 @@ from oracle.cases import (
     ending,
     floats,
     ids,
+    ignored_labels_count,
     labels,
-    mask,
+    labels_off_by_one,
+    text,
     zero,
 )
 from oracle.families import Bug, Case
@@ -32,12 +34,6 @@ SIZES: dict[str, Any] = {
     "expand": 1.5,
     "layer_norm_epsilon": 0.05,
 }
-
-
-def text(name: str, *lengths: int, left: bool = False) -> Tensors:
-    """Returns token ids and padding mask, each `[rows, T]`."""
-    seen = mask(*lengths, left=left)
-    return {"input_ids": ids(f"{name}.input_ids", *seen.shape) * seen, "attention_mask": seen}
 
 
 PADDED = text("padded", 25, 17)
@@ -208,14 +204,8 @@ BUGS = (
     Bug("gelu instead of silu", SEQUENCES, configure(hidden_act="gelu")),
     Bug("silu instead of gelu", ("act_gelu",), configure(hidden_act="silu")),
     Bug("biases forgotten", ("biases",), zero("in_proj.bias", "out_proj.bias")),
-    Bug(
-        "ignored labels counted as token 0",
-        ("causal_lm",),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        least=1e-3,
-        outputs=("loss",),
-    ),
-    Bug("labels off by one token", ("causal_lm",), change_input("labels", lambda y: np.roll(y, 1, 1)), 1e-3, ("loss",)),
+    ignored_labels_count("causal_lm", least=1e-3),
+    labels_off_by_one("causal_lm", least=1e-3),
 )
 
 INVISIBLE: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from oracle.cases import (
+    TRACES,
     VOCAB,
     T,
     Tensors,
@@ -19,8 +20,13 @@ from oracle.cases import (
     ending,
     floats,
     ids,
+    ignored_labels_count,
     labels,
-    mask,
+    labels_off_by_one,
+    question_answering,
+    swap,
+    text,
+    token_classification,
 )
 from oracle.families import Bug, Case
 
@@ -39,12 +45,6 @@ SIZES: dict[str, Any] = {
     "rope_theta": 300.0,
     "pad_token_id": 0,
 }
-
-
-def text(name: str, *lengths: int, left: bool = False) -> Tensors:
-    """Returns token ids and padding mask, each `[rows, T]`."""
-    seen = mask(*lengths, left=left)
-    return {"input_ids": ids(f"{name}.input_ids", *seen.shape) * seen, "attention_mask": seen}
 
 
 PADDED = text("padded", 25, 17)
@@ -88,21 +88,9 @@ HEADS = (
         PADDED | {"labels": np.array([2, 0])},
         ("loss", "logits"),
     ),
-    Case(
-        "token_classification",
-        "MixtralForTokenClassification",
-        SIZES | {"num_labels": 5},
-        PADDED | {"labels": labels("token_classification", 5, PADDED["attention_mask"])},
-        ("loss", "logits"),
-    ),
+    token_classification("Mixtral", SIZES, PADDED),
     # Unlike Llama's, stored under `model`. The second answer ends beyond the text and does not count.
-    Case(
-        "question_answering",
-        "MixtralForQuestionAnswering",
-        SIZES,
-        PADDED | {"start_positions": np.array([3, 11]), "end_positions": np.array([7, 30])},
-        ("loss", "start_logits", "end_logits"),
-    ),
+    question_answering("Mixtral", SIZES, PADDED),
 )
 
 # ---- what can be passed in ------------------------------------------------------------------------------------------
@@ -130,7 +118,7 @@ INPUTS = (
         SIZES,
         text("traces", 17),
         ("last_hidden_state", "hidden_states", "attentions", "router_logits"),
-        {"output_hidden_states": True, "output_attentions": True, "output_router_logits": True},
+        TRACES | {"output_router_logits": True},
     ),
 )
 
@@ -205,15 +193,6 @@ CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
 # ---- mistakes that the cases above must show ------------------------------------------------------------------------
 
 
-def _exchange(one: str, other: str) -> Any:
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for key in ending(tensors, one):
-            twin = key.removesuffix(one) + other
-            tensors[key], tensors[twin] = tensors[twin], tensors[key]
-
-    return apply
-
-
 def _experts(order: str) -> Any:
     """Numbers the experts in another order than the router does."""
 
@@ -239,7 +218,7 @@ BUGS = (
     Bug("rotary scaling ignored", ("rope_linear",), configure(rope_scaling=None)),
     Bug("rms_norm_eps 1e-5 hard-coded", DECODERS, configure(rms_norm_eps=1e-5)),
     Bug("experts in another order", DECODERS, _experts("12340")),
-    Bug("gate and up exchanged", DECODERS, _exchange("w1.weight", "w3.weight")),
+    Bug("gate and up exchanged", DECODERS, swap("w1.weight", "w3.weight")),
     Bug("one expert a token", DECODERS, configure(num_experts_per_tok=1)),
     Bug("three experts a token", DECODERS, configure(num_experts_per_tok=3)),
     # softmax and then the largest is the softmax of the largest; shares as they are before that are smaller
@@ -264,14 +243,8 @@ BUGS = (
     Bug("position_ids ignored", ("position_ids",), change_input("position_ids", lambda p: np.arange(T)[None] + 0 * p)),
     Bug("label read off the last position", ("sequence_classification",), configure(pad_token_id=60)),
     Bug("the router's loss weighed by 0.001", ("router",), configure(router_aux_loss_coef=1e-3), outputs=("loss",)),
-    Bug(
-        "ignored labels counted as token 0",
-        ("causal_lm", "token_classification"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        least=1e-3,
-        outputs=("loss",),
-    ),
-    Bug("labels off by one token", ("causal_lm",), change_input("labels", lambda y: np.roll(y, 1, 1)), 1e-3, ("loss",)),
+    ignored_labels_count("causal_lm", "token_classification", least=1e-3),
+    labels_off_by_one("causal_lm", least=1e-3),
 )
 
 INVISIBLE: tuple[str, ...] = ()

@@ -5,22 +5,30 @@ few and distances so short that a text of 25 tokens meets every kind of bucket, 
 large enough that a hard-coded one shows. Where the reference is odd, the case says so.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from oracle import cases
 from oracle.cases import (
+    TRACES,
     VOCAB,
     T,
     Tensors,
+    answers_cut_off,
     change,
     change_input,
     configure,
     ending,
     floats,
     ids,
+    ignored_labels_count,
     labels,
     mask,
+    question_answering,
+    swap,
+    token_classification,
     zero,
 )
 from oracle.families import Bug, Case
@@ -43,12 +51,7 @@ SIZES: dict[str, Any] = {
 }
 V1_1 = SIZES | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 EOS = 1
-
-
-def text(name: str, *lengths: int, left: bool = False) -> Tensors:
-    """Returns token ids and padding mask, each `[rows, T]`."""
-    seen = mask(*lengths, left=left)
-    return {"input_ids": ids(f"{name}.input_ids", *seen.shape, low=2) * seen, "attention_mask": seen}
+text = partial(cases.text, low=2)
 
 
 def answer(name: str, rows: int, length: int = D) -> Tensors:
@@ -95,21 +98,9 @@ HEADS = (
         ("loss", "logits"),
     ),
     # The encoder alone.
-    Case(
-        "token_classification",
-        "T5ForTokenClassification",
-        SIZES | {"num_labels": 5},
-        PADDED | {"labels": labels("token_classification", 5, PADDED["attention_mask"])},
-        ("loss", "logits"),
-    ),
+    token_classification("T5", SIZES, PADDED),
     # The decoder reads the text itself, shifted. The second answer ends beyond the text and does not count.
-    Case(
-        "question_answering",
-        "T5ForQuestionAnswering",
-        SIZES,
-        PADDED | {"start_positions": np.array([3, 11]), "end_positions": np.array([7, 30])},
-        ("loss", "start_logits", "end_logits"),
-    ),
+    question_answering("T5", SIZES, PADDED),
 )
 
 # ---- what can be passed in ------------------------------------------------------------------------------------------
@@ -181,7 +172,7 @@ INPUTS = (
             "decoder_attentions",
             "cross_attentions",
         ),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     Case(
         "traces_of_the_encoder",
@@ -189,7 +180,7 @@ INPUTS = (
         SIZES,
         {"input_ids": ids("traces_of_the_encoder", 1, 15, low=2)},
         ("last_hidden_state", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
 )
 
@@ -323,15 +314,6 @@ CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
 # ---- mistakes that the cases above must show ------------------------------------------------------------------------
 
 
-def _exchange(one: str, other: str) -> Any:
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for key in ending(tensors, one):
-            twin = key.removesuffix(one) + other
-            tensors[key], tensors[twin] = tensors[twin], tensors[key]
-
-    return apply
-
-
 def _exchange_stacks(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
     end = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     one, other = (next(key for key in tensors if key.endswith(f"{stack}.{end}")) for stack in ("encoder", "decoder"))
@@ -361,10 +343,10 @@ BUGS = (
     Bug("published distances one longer", ("published_buckets",), configure(relative_attention_max_distance=129)),
     Bug("scores divided by sqrt(d)", ALL, change(lambda w: w / 7**0.5, ".q.weight")),
     Bug("heads split the wrong way round", ALL, _swap_heads),
-    Bug("key and value exchanged", ALL, _exchange(".k.weight", ".v.weight")),
+    Bug("key and value exchanged", ALL, swap(".k.weight", ".v.weight")),
     Bug("layer_norm_epsilon 1e-6 hard-coded", ALL, configure(layer_norm_epsilon=1e-6)),
     Bug("scale of the norm added to one", ALL, change(lambda w: 1 + w, "final_layer_norm.weight")),
-    Bug("gate and up exchanged", ("gated_untied", "gated_tied"), _exchange("wi_0.weight", "wi_1.weight")),
+    Bug("gate and up exchanged", ("gated_untied", "gated_tied"), swap("wi_0.weight", "wi_1.weight")),
     Bug("gelu instead of relu", ALL, configure(dense_act_fn="gelu")),
     # The two curves are within 5e-4 of each other everywhere.
     Bug(
@@ -397,25 +379,14 @@ BUGS = (
     ),
     Bug("start token taken for padding", ("labels_only",), configure(decoder_start_token_id=3), outputs=("logits",)),
     Bug("ignored labels read as another word", ("labels_only",), configure(pad_token_id=0), outputs=("logits",)),
-    Bug(
-        "ignored labels counted as token 0",
-        ("conditional_generation", "token_classification"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        least=1e-3,
-        outputs=("loss",),
-    ),
+    ignored_labels_count("conditional_generation", "token_classification", least=1e-3),
     Bug(
         "labels shifted",
         ("conditional_generation",),
         change_input("labels", lambda y: np.roll(y, -1, 1)),
         outputs=("loss",),
     ),
-    Bug(
-        "answer beyond the text counted as its last token",
-        ("question_answering",),
-        change_input("end_positions", lambda at: np.minimum(at, T - 1)),
-        outputs=("loss",),
-    ),
+    answers_cut_off("question_answering"),
 )
 
 INVISIBLE: tuple[str, ...] = ()

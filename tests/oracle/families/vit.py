@@ -10,7 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from oracle.cases import Array, Tensors, change, change_input, configure, ending, floats, ids, zero
+from oracle.cases import (
+    TRACES,
+    Array,
+    Tensors,
+    change,
+    change_input,
+    configure,
+    ending,
+    floats,
+    heads_last,
+    ids,
+    swap,
+    zero,
+)
 from oracle.families import Bug, Case
 
 # 5 x 8 patches of 4 x 3 pixels, two rows of pixels left over
@@ -41,7 +54,6 @@ def hidden_patches(name: str, patches: int = 25, rows: int = 2) -> Tensors:
 
 WIDE = pixels("wide", 2, 22, 24)
 STRETCH = {"interpolate_pos_encoding": True}
-TRACES = {"output_hidden_states": True, "output_attentions": True}
 
 # ---- the heads, each with its loss ----------------------------------------------------------------------------------
 
@@ -244,19 +256,6 @@ CASES = HEADS + SIZES + OTHERS + CHECKPOINTS
 # ---- mistakes that the cases above must show ------------------------------------------------------------------------
 
 
-def _swap_query_key(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    for key in ending(tensors, "attention.query.weight", "attention.query.bias"):
-        other = key.replace("query", "key")
-        tensors[key], tensors[other] = tensors[other], tensors[key]
-
-
-def _heads_last(kernel_or_bias: Array) -> Array:
-    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
-    heads = RECTANGLE["num_attention_heads"]
-    size = kernel_or_bias.shape[0] // heads
-    return kernel_or_bias[np.arange(kernel_or_bias.shape[0]).reshape(size, heads).T.ravel()]
-
-
 def _channels_last(kernel: Array) -> Array:
     """Reads a convolution `(out, channels, height, width)` as if its channels lay last."""
     out, channels, height, width = kernel.shape
@@ -330,8 +329,8 @@ BUGS = (
     Bug("channels of a patch last", EVERYTHING, change(_channels_last, "projection.weight")),
     Bug("channels of the image reversed", EVERYTHING, change_input("pixel_values", lambda x: x[:, ::-1])),
     Bug("pixels left over cut off at the top", ("model",), change_input("pixel_values", lambda x: np.roll(x, -2, 2))),
-    Bug("query and key exchanged", EVERYTHING, _swap_query_key),
-    Bug("heads split the wrong way round", EVERYTHING, change(_heads_last, *QKV)),
+    Bug("query and key exchanged", EVERYTHING, swap("attention.query", "attention.key", "weight", "bias")),
+    Bug("heads split the wrong way round", EVERYTHING, change(heads_last(RECTANGLE["num_attention_heads"]), *QKV)),
     Bug("square kernels not transposed", EVERYTHING, change(np.transpose, "attention.value.weight")),
     Bug("layer_norm_eps 1e-12 hard-coded", EVERYTHING, configure(layer_norm_eps=1e-12)),
     # The two curves are within 5e-4 of each other everywhere; the bound is still twice what the test suite allows.

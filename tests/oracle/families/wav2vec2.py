@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from oracle.cases import (
+    TRACES,
     Array,
     Tensors,
     change,
@@ -17,8 +18,10 @@ from oracle.cases import (
     configure,
     ending,
     floats,
+    heads_last,
     ids,
     mask,
+    swap,
     zero,
 )
 from oracle.families import Bug, Case
@@ -122,7 +125,7 @@ MODELS = (
         SIZES | UNMASKED | {"feat_extract_activation": "relu", "hidden_act": "gelu_new"},
         loud("traces", 1),
         ("last_hidden_state", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     # The last of the hidden states has gone through the final norm, which none of the others has.
     Case(
@@ -131,7 +134,7 @@ MODELS = (
         STABLE | UNMASKED | {"feat_extract_norm": "group", "conv_bias": False},
         loud("stable_traces", 1),
         ("last_hidden_state", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     # The convolutions of the adapter read padded frames as they are.
     Case(
@@ -338,18 +341,6 @@ CASES = MODELS + HEADS + CHECKPOINTS
 # ---- mistakes that the cases above must show ------------------------------------------------------------------------
 
 
-def _swap_query_key(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    for key in ending(tensors, "q_proj.weight", "q_proj.bias"):
-        other = key.replace("q_proj", "k_proj")
-        tensors[key], tensors[other] = tensors[other], tensors[key]
-
-
-def _heads_last(kernel_or_bias: Array) -> Array:
-    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
-    heads, size = SIZES["num_attention_heads"], kernel_or_bias.shape[0] // SIZES["num_attention_heads"]
-    return kernel_or_bias[np.arange(kernel_or_bias.shape[0]).reshape(size, heads).T.ravel()]
-
-
 def _swap_norms(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
     for key in (key for key in ending(tensors, ".layer_norm.weight", ".layer_norm.bias") if ".layers." in key):
         other = key.replace(".layer_norm", ".final_layer_norm")
@@ -417,8 +408,8 @@ TRACED = ("traces", "stable_traces", "head_on_pre_training")  # what comes befor
 WHOLE = tuple(name for name in EVERY if name not in TRACED)
 
 BUGS = (
-    *layered("query and key exchanged", WHOLE, _swap_query_key, 5e-3),
-    *layered("heads split the wrong way round", WHOLE, change(_heads_last, *QKV)),
+    *layered("query and key exchanged", WHOLE, swap("q_proj", "k_proj", "weight", "bias"), 5e-3),
+    *layered("heads split the wrong way round", WHOLE, change(heads_last(SIZES["num_attention_heads"]), *QKV)),
     *layered("square kernels not transposed", WHOLE, change(np.transpose, "v_proj.weight")),
     *layered("scores not divided by sqrt(d)", WHOLE, change(lambda w: w * 3.0, "q_proj.weight", "q_proj.bias")),
     *layered("the norms of a layer exchanged", WHOLE, _swap_norms),

@@ -9,7 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from oracle.cases import VOCAB, T, Tensors, change, change_input, configure, ending, floats, ids, labels, mask, zero
+from oracle.cases import (
+    TRACES,
+    VOCAB,
+    T,
+    Tensors,
+    U,
+    both,
+    change,
+    change_input,
+    configure,
+    floats,
+    heads_last,
+    ids,
+    ignored_labels_count,
+    labels,
+    labels_off_by_one,
+    mask,
+    not_causal,
+    swap,
+    swap_head_masks,
+    written,
+    zero,
+)
 from oracle.families import Bug, Case
 
 SIZES: dict[str, Any] = {
@@ -32,14 +54,6 @@ SIZES: dict[str, Any] = {
 }
 SHORT = SIZES | {"max_source_positions": 13}
 LABELS = {"num_labels": 5, "classifier_proj_size": 19}
-U = 27  # tokens that the decoder is given
-
-
-def written(name: str, rows: int = 2) -> Tensors:
-    """Returns what the decoder has written so far, `[rows, U]`; in the last row some tokens are not to be looked at."""
-    seen = np.ones((rows, U), np.int64)
-    seen[-1, 4:9] = seen[-1, 22:] = 0
-    return {"decoder_input_ids": ids(f"{name}.decoder_input_ids", rows, U), "decoder_attention_mask": seen}
 
 
 SOUND = {"input_features": floats("input_features", 2, 11, 50)}
@@ -151,7 +165,7 @@ INPUTS = (
             "decoder_attentions",
             "cross_attentions",
         ),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     Case(
         "traces_of_a_classifier",
@@ -159,7 +173,7 @@ INPUTS = (
         SHORT | LABELS,
         {"input_features": floats("traces_of_a_classifier", 1, 11, 26)},
         ("logits", "hidden_states", "attentions"),
-        {"output_hidden_states": True, "output_attentions": True},
+        TRACES,
     ),
     Case(
         "traces_of_a_decoder",
@@ -167,7 +181,7 @@ INPUTS = (
         SIZES,
         {"input_ids": ids("traces_of_a_decoder", 1, 15), "encoder_outputs": STATES[:1]},
         ("logits", "hidden_states", "attentions", "cross_attentions"),
-        {"output_hidden_states": True, "output_attentions": True, "use_cache": False},
+        TRACES | {"use_cache": False},
     ),
     # Inputs so small that the epsilon of the first norms, 1e-5, is what they are measured against.
     Case(
@@ -337,35 +351,6 @@ CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
 # ---- mistakes that the cases above must show -------------------------------------------------------------------------
 
 
-def _swap(*pairs: tuple[str, str]) -> Any:
-    """Takes tensors for each other."""
-
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for one, other in pairs:
-            for key in ending(tensors, one):
-                twin = key.removesuffix(one) + other
-                tensors[key], tensors[twin] = tensors[twin], tensors[key]
-
-    return apply
-
-
-def _both(*plants: Any) -> Any:
-    """Several mistakes at once."""
-
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        for plant in plants:
-            plant(config, tensors, inputs)
-
-    return apply
-
-
-def _not_causal(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    # the reference adds a mask of four dimensions to the scores as it is
-    name = "decoder_attention_mask" if "decoder_attention_mask" in inputs else "attention_mask"
-    seen = inputs[name][:, None, None, :].astype(np.float32)
-    inputs[name] = np.broadcast_to((1 - seen) * -1e9, (*seen.shape[:2], seen.shape[-1], seen.shape[-1])).copy()
-
-
 def _labels_as_the_end(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
     given = inputs["labels"]
     shifted = np.concatenate([np.full_like(given[:, :1], 5), given[:, :-1]], axis=1)
@@ -376,16 +361,6 @@ def _start_with_the_end(config: dict[str, Any], tensors: Tensors, inputs: Tensor
     _labels_as_the_end(config, tensors, inputs)
     inputs["decoder_input_ids"] = np.where(inputs["labels"] == -100, 3, inputs["decoder_input_ids"])
     inputs["decoder_input_ids"][:, 0] = 2
-
-
-def _swap_head_masks(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-    own = "decoder_head_mask" if "decoder_head_mask" in inputs else "head_mask"
-    inputs[own], inputs["cross_attn_head_mask"] = inputs["cross_attn_head_mask"], inputs[own]
-
-
-def _heads_last(heads: int) -> Any:
-    """Reads rows `(heads, size)` as if they were `(size, heads)`."""
-    return lambda w: w[np.arange(w.shape[0]).reshape(w.shape[0] // heads, heads).T.ravel()]
 
 
 def _qkv(part: str, layers: int, *kinds: str) -> tuple[str, ...]:
@@ -428,17 +403,17 @@ BUGS = (
     Bug(
         "query and key exchanged",
         EVERY,
-        _swap(("q_proj.weight", "k_proj.weight")),
+        swap("q_proj.weight", "k_proj.weight"),
     ),
     Bug("scores not divided by sqrt(d)", EVERY, change(lambda w: w * 3.0, "q_proj.weight", "q_proj.bias")),
     Bug(
         "heads of the encoder split the wrong way round",
         ENCODERS,
-        change(_heads_last(4), *_qkv("encoder", 3, "self_attn")),
+        change(heads_last(4), *_qkv("encoder", 3, "self_attn")),
     ),
     *_of_decoder(
         "heads of the decoder split the wrong way round",
-        change(_heads_last(3), *_qkv("decoder", 2, "self_attn", "encoder_attn")),
+        change(heads_last(3), *_qkv("decoder", 2, "self_attn", "encoder_attn")),
     ),
     Bug(
         "the encoder has the decoder's heads",
@@ -451,11 +426,11 @@ BUGS = (
         cases=tuple(name for name in DECODERS if name != "causal_lm_cross"),
     ),
     Bug("square kernels not transposed", EVERY, change(np.transpose, "v_proj.weight")),
-    Bug("norms of a layer exchanged", EVERY, _swap(("self_attn_layer_norm.weight", "final_layer_norm.weight"))),
+    Bug("norms of a layer exchanged", EVERY, swap("self_attn_layer_norm.weight", "final_layer_norm.weight")),
     Bug("bias of the last norm forgotten", EVERY, zero("coder.layer_norm.bias")),
     *_of_decoder(
         "cross-attention's norm taken for its own",
-        _swap(("encoder_attn_layer_norm.weight", "self_attn_layer_norm.weight")),
+        swap("encoder_attn_layer_norm.weight", "self_attn_layer_norm.weight"),
     ),
     # The two curves are within 5e-4 of each other everywhere.
     Bug(
@@ -469,7 +444,7 @@ BUGS = (
     Bug(
         "epsilon forgotten",
         ("tiny_inputs",),
-        _both(
+        both(
             change_input("decoder_inputs_embeds", lambda x: 1000 * x),
             change(lambda w: 1000 * w, "decoder.embed_positions.weight"),
         ),
@@ -487,7 +462,7 @@ BUGS = (
     ),
     *_of_decoder(
         "decoder not causal",
-        _not_causal,
+        not_causal,
         cases=("model", "untied", "causal_lm", "causal_lm_cross"),
     ),
     *_of_decoder("cross-attention left out", zero("encoder_attn.out_proj.weight"), cases=("model", "causal_lm_cross")),
@@ -507,7 +482,7 @@ BUGS = (
         "head masks of the decoder ignored", change_input("decoder_head_mask", np.ones_like), cases=("head_masks",)
     ),
     *_of_decoder(
-        "head masks of own and cross-attention exchanged", _swap_head_masks, cases=("head_masks", "causal_lm_cross")
+        "head masks of own and cross-attention exchanged", swap_head_masks, cases=("head_masks", "causal_lm_cross")
     ),
     *_of_decoder(
         "head masks of layers exchanged",
@@ -519,19 +494,8 @@ BUGS = (
         change(lambda w: w[::-1], "proj_out.weight"),
         cases=("untied", "causal_lm_untied"),
     ),
-    Bug(
-        "ignored labels counted as token 0",
-        ("conditional_generation_of_ids", "causal_lm"),
-        change_input("labels", lambda y: np.maximum(y, 0)),
-        outputs=("loss",),
-    ),
-    Bug(
-        "labels off by one token",
-        ("conditional_generation_of_ids", "causal_lm"),
-        change_input("labels", lambda y: np.roll(y, 1, 1)),
-        least=5e-3,
-        outputs=("loss",),
-    ),
+    ignored_labels_count("conditional_generation_of_ids", "causal_lm"),
+    labels_off_by_one("conditional_generation_of_ids", "causal_lm", least=5e-3),
 )
 
 # Losses of the next word whose labels are not shifted.
