@@ -55,7 +55,7 @@ MASKS: Mapping[str, Callable[[Sizes], Mask]] = {
     "causal": lambda z: Mask(causal=True),
     "causal, aligned to the end": lambda z: Mask(causal=True, q_offset=z.s - z.t),
     "traced offset": lambda z: Mask(causal=True, q_offset=jnp.asarray(4)),
-    "offset by row": lambda z: Mask(causal=True, q_offset=numbers(4, z.s - z.t + 1, z.b)),
+    "offset by row": lambda z: Mask(causal=True, q_offset=numbers(4, max(1, z.s - z.t + 1), z.b)),
     "window": lambda z: Mask(window=(9, 3), q_offset=3),
     "window to the left": lambda z: Mask(causal=True, window=(11, None)),
     "window to the right": lambda z: Mask(window=(None, 5)),

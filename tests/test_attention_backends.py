@@ -329,7 +329,7 @@ def test_cudnn_does_what_is_on_its_list() -> None:
     for mask in (Mask(), Mask(causal=True), Mask(causal=True, window=(100, None)), Mask(causal=True, window=(100, 0))):
         assert chosen("cuda", HALF, mask=mask) == "cudnn"
     assert chosen("cuda", shapes(4096, 4096), mask=Mask(causal=True)) == "pallas_gpu"  # float32
-    assert chosen("cuda", shapes(64, 4096, jnp.bfloat16), mask=Mask(causal=True)) == "pallas_gpu"  # cut off at the end
+    assert chosen("cuda", shapes(512, 4096, jnp.bfloat16), mask=Mask(causal=True)) == "pallas_gpu"  # cut off at the end
     assert chosen("cuda", shapes(4096, 4096, jnp.bfloat16, d=256)) == "pallas_gpu"
 
 
@@ -353,6 +353,8 @@ def slopes_of(backend: str, z: Sizes, given: Any) -> tuple[Any, Any]:
     return jax.grad(loss, argnums=(0, 1, 2, 3, 4)), shapes
 
 
+# Says jax 0.12 of the way to Triton; there is no other for what this kernel does.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(("mask", "bias"), [("causal segments and keys", "bucketed both ways"), ("dense", "pairs")])
 @pytest.mark.parametrize("backend", KERNELS)
@@ -361,7 +363,9 @@ def test_kernels_lower(backend: str, mask: str, bias: str, head_dim: int, monkey
     platform = KERNELS[backend]
     z = Sizes(b=1, t=200, s=300, h=2, k=1, d=head_dim, dv=head_dim)
     slopes, shapes = slopes_of(backend, z, options(z, mask, bias, "all three"))
-    with compile_for(platform):
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu")  # jax 0.12 wants to know
+    mesh = jax.sharding.AbstractMesh((1,), ("all",), abstract_device=h100 if platform == "cuda" else None)
+    with compile_for(platform), jax.sharding.use_abstract_mesh(mesh):
         program = jax.jit(slopes).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
     assert program.count("stablehlo.custom_call @tpu_custom_call" if platform == "tpu" else "xla.gpu.triton") == 3
 
@@ -427,7 +431,7 @@ def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
         whole = needed["whole"].reshape(z.b, queries, 2, 1)
         whole = (np.arange(keys) >= whole[:, :, 0]) & (np.arange(keys) < whole[:, :, 1])
         inside = np.arange(tp).reshape(queries, 1, -1, 1) < z.t  # what fills up the last block sees nothing
-        assert (parts | ~inside).all((3, 4))[whole].all()
+        assert ((parts | ~inside).all((3, 4)) >= whole).all()
     if name in ("window", "runs") and not of_keys:  # not one more than it takes
         np.testing.assert_array_equal(visited, parts.any((3, 4)))
     if name in ("window", "dilated window"):
@@ -477,9 +481,9 @@ def test_a_kernel_over_a_mesh(backend: str, monkeypatch: pytest.MonkeyPatch) -> 
         check(partial(attention, backend=backend), z, given, slopes=False)
 
     monkeypatch.undo()
-    slopes, arrays = slopes_of(backend, z, given)
-    with jax.set_mesh(devices), compile_for(KERNELS[backend]):  # which fails where XLA had to split the kernel
-        jax.jit(slopes).trace(*arrays).lower(lowering_platforms=(KERNELS[backend],))
+    slopes, arrays = slopes_of("pallas_tpu", z, given)
+    with jax.set_mesh(devices), compile_for("tpu"):  # which fails where XLA had to split the kernel
+        jax.jit(slopes).trace(*arrays).lower(lowering_platforms=("tpu",))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
