@@ -1,6 +1,8 @@
 """Attention by its formula, in float64, and calls of it with every feature: what all backends are held against."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.layers.attention import ALiBi, Bucketed, Indexed, Mask
+from formax.layers.attention import ALiBi, Bucketed, Indexed, Mask, compile_for
 
 Array = np.ndarray[Any, Any]
 
@@ -98,6 +100,17 @@ def options(z: Sizes, mask: str, bias: str, more: str) -> dict[str, Any]:
     """Arguments of `attention` beside q, k and v."""
     found: dict[str, Any] = {**NUMBERS[more], "mask": MASKS[mask](z), "bias": BIASES[bias](z)}
     return found | ({"sinks": draw(30, z.h)} if "sinks" in found else {})
+
+
+@contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Programs that are traced inside are lowered for the platform, which is not at hand."""
+    # jax 0.12 wants to know for which GPU, and says of the way to Triton that it is deprecated; there is no other.
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100", 132, "gpu") if platform == "cuda" else None
+    mesh = jax.sharding.AbstractMesh((1,), ("all",), abstract_device=h100)
+    with compile_for(platform), jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        yield
 
 
 # --- the formula
@@ -215,8 +228,12 @@ def check(
     tolerance: float = 2e-5,
     slopes: bool = True,
     dtype: Any = jnp.float32,
+    hasty: bool = False,
 ) -> None:
-    """Holds values, and with `slopes` all gradients, of `attend(q, k, v, **given)` against the formula."""
+    """Holds values, and with `slopes` all gradients, of `attend(q, k, v, **given)` against the formula.
+
+    `hasty` is for kernels that are interpreted: what they are made of is large and runs once.
+    """
     q, k, v = qkv(z, dtype)
     arrays = {"q": q, "k": k, "v": v, "bias": learned(given), "sinks": given.get("sinks")}
     live = {name: x for name, x in arrays.items() if x is not None}
@@ -227,12 +244,11 @@ def check(
         out = attend(a["q"], a["k"], a["v"], **with_learned(given, a["bias"], a["sinks"]))
         return (out * slope).sum(), out
 
-    # Programs that run once: compiling them is most of the time.
-    hasty = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
+    how = {"xla_backend_optimization_level": "0"} if hasty and jax.default_backend() == "cpu" else {}
     if slopes:
-        (_, out), found = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=hasty)(live)
+        (_, out), found = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=how)(live)
     else:
-        out, found = jax.jit(total, compiler_options=hasty)(live)[1], {}
+        out, found = jax.jit(total, compiler_options=how)(live)[1], {}
     expected = formula(q, k, v, given, slope)
     for name, mine in {"out": out, **found}.items():
         # Slopes that cancel out are sums of numbers of the order of one.

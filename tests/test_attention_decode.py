@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Sizes, check, draw, formula, numbers, options, qkv
+from attention_cases import Sizes, check, draw, formula, lowering_for, numbers, options, qkv
 
 from formax.layers.attention import (
     Mask,
@@ -158,7 +158,7 @@ def test_decoding_lowers_for_cuda(head_dim: int) -> None:
     def paged(q: Any, k: Any, v: Any, table: Any, length: Any) -> Any:
         return paged_attention(q, Pages(k, v, table, length), window=100, backend="decode_gpu")
 
-    with compile_for("cuda"):
+    with lowering_for("cuda"):
         for traced in (
             jax.jit(plain).trace(q, cache, cache, length),
             jax.jit(paged).trace(q, pool, pool, table, length),

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from attention_cases import lowering_for
 
 from formax.layers.attention import ALiBi, Mask, attention, compile_for, explain_attention, mosaic_gpu
 
@@ -31,7 +32,7 @@ def test_it_lowers(name: str, head_dim: int) -> None:
     def loss(q: Any, k: Any, v: Any) -> Any:
         return attention(q, k, v, backend="mosaic_gpu", **CALLS[name]).astype(jnp.float32).sum()
 
-    with compile_for("cuda"):
+    with lowering_for("cuda"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes(head_dim=head_dim))
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("mosaic_gpu") > 0
