@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from formax.layers.attention.problem import Problem, target
+from formax.layers.attention.problem import Problem, fewer_queries_than, target
 
 
 def supports(p: Problem) -> str | None:
@@ -45,9 +45,7 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it from a block of queries on."""
-    if p.q.shape[1] < 16:
-        return f"{p.q.shape[1]} queries are less than a block of 16"
-    return None
+    return fewer_queries_than(16, p)
 
 
 def attention(p: Problem) -> jax.Array:

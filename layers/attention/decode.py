@@ -110,7 +110,12 @@ def too_small(page: int) -> str | None:
 
 def as_xla_slopes(attend: Callable[[Problem], jax.Array]) -> Callable[[Problem], jax.Array]:
     """A way to attend, with the slopes of XLA's: decoding does not ask for any."""
-    attention = jax.custom_vjp(attend)
+
+    @jax.custom_vjp
+    def attention(p: Problem) -> jax.Array:
+        """See `formax.layers.attention.attention`."""
+        return attend(p)
+
     attention.defvjp(lambda p: (attend(p), p), lambda p, slope: jax.vjp(xla.attention, p)[1](slope))
     return attention
 

@@ -15,7 +15,7 @@ from formax.layers.attention import pallas_gpu
 from formax.layers.attention.bias import ALiBi
 from formax.layers.attention.decode import Pages, as_xla_slopes, fold_heads, unfold_heads
 from formax.layers.attention.kernel import NOTHING, Facts, Plan, key_blocks, operands, plan_of, scores, spans
-from formax.layers.attention.pallas_gpu import dot, load, triton, unless_apart
+from formax.layers.attention.pallas_gpu import added, dot, load, triton, unless_apart
 from formax.layers.attention.problem import Problem, target
 
 ROWS = 64  # queries of all heads that share keys, at most
@@ -93,7 +93,6 @@ def kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int], eac
             return load(refs[name].at[where, :], channels[name])
 
         def run(carry: Any) -> Any:
-            sums, most, total = carry
             facts = Facts(
                 offset,
                 end,
@@ -103,16 +102,7 @@ def kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int], eac
                 slope=refs["slopes"][...][:, None] if plan.slopes else None,
             )
             found, _, seen = scores(plan, dot(q, read("k").T), 0, j, facts, whole=not plan.masked)
-            if seen is not None:
-                found = jnp.where(seen, found, NOTHING)
-            new = jnp.maximum(most, jnp.max(found, axis=1, keepdims=True))
-            weights = jnp.exp(found - new)
-            if seen is not None:
-                weights = jnp.where(seen, weights, 0.0)
-            fade = jnp.exp(most - new)
-            total = fade * total + jnp.sum(weights, axis=1, keepdims=True)
-            values = read("v")
-            return fade * sums + dot(weights.astype(values.dtype), values), new, total
+            return added(carry, found, seen, read("v"))
 
         if not plan.ids:
             return run(carry)

@@ -34,7 +34,7 @@ from formax.layers.attention.kernel import (
     slopes_of,
     spans,
 )
-from formax.layers.attention.problem import Problem
+from formax.layers.attention.problem import Problem, fewer_queries_than
 
 # Queries and keys of a tile: forward, and backward, where more is held at once. Chosen by occupancy on Hopper.
 FORWARD, BACKWARD = (128, 64), (64, 64)
@@ -57,9 +57,7 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it from a block of queries on."""
-    if p.q.shape[1] < 16:
-        return f"{p.q.shape[1]} queries are less than a block of 16"
-    return None
+    return fewer_queries_than(16, p)
 
 
 def attention(p: Problem) -> jax.Array:
@@ -224,6 +222,23 @@ def unless_apart(spans: Any, run: Callable[[Any], Any], carry: Any) -> Any:
     return jax.lax.cond(meet(*spans), run, lambda carry: carry, carry)
 
 
+def added(carry: tuple[Any, Any, Any], found: Any, seen: Any, values: Any) -> tuple[Any, Any, Any]:
+    """A tile's values, by the weights of its scores, added to what the tiles before gave.
+
+    (sums [rows, Dv] not divided, largest scores [rows, 1], denominators [rows, 1]), the same after it.
+    """
+    sums, most, total = carry
+    if seen is not None:
+        found = jnp.where(seen, found, NOTHING)
+    new = jnp.maximum(most, jnp.max(found, axis=1, keepdims=True))
+    weights = jnp.exp(found - new)
+    if seen is not None:
+        weights = jnp.where(seen, weights, 0.0)
+    fade = jnp.exp(most - new)
+    total = fade * total + jnp.sum(weights, axis=1, keepdims=True)
+    return fade * sums + dot(weights.astype(values.dtype), values), new, total
+
+
 def forward_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, int], *all_refs: Any) -> None:
     """A block of queries of one head, through all keys that it sees."""
     refs = dict(zip(inputs, all_refs, strict=False))
@@ -233,19 +248,9 @@ def forward_kernel(plan: Plan, inputs: tuple[str, ...], channels: Mapping[str, i
 
     def tile(whole: bool, j: Any, carry: Any) -> Any:
         def run(carry: Any) -> Any:
-            total_out, most, total = carry
             raw = dot(q, tiles.rows("k", j).T)
             found, _, seen = scores(plan, raw, i, j, tiles.facts(i, j), whole=whole)
-            if seen is not None:
-                found = jnp.where(seen, found, NOTHING)
-            new = jnp.maximum(most, jnp.max(found, axis=1, keepdims=True))
-            weights = jnp.exp(found - new)
-            if seen is not None:
-                weights = jnp.where(seen, weights, 0.0)
-            fade = jnp.exp(most - new)
-            total = fade * total + jnp.sum(weights, axis=1, keepdims=True)
-            values = tiles.rows("v", j)
-            return fade * total_out + dot(weights.astype(values.dtype), values), new, total
+            return added(carry, found, seen, tiles.rows("v", j))
 
         if not plan.ids:
             return run(carry)

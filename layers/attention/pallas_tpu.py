@@ -35,7 +35,7 @@ from formax.layers.attention.kernel import (
     slopes_of,
     spans,
 )
-from formax.layers.attention.problem import Problem, target
+from formax.layers.attention.problem import Problem, fewer_queries_than, target
 
 LANES = 128  # a register's width; what is smaller takes as much
 
@@ -54,8 +54,8 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it from a block of queries on, where it is known over which devices a program is split."""
-    if p.q.shape[1] < LANES:
-        return f"{p.q.shape[1]} queries are less than a block of {LANES}"
+    if (reason := fewer_queries_than(LANES, p)) is not None:
+        return reason
     several = target().platform == jax.default_backend() and jax.device_count() > 1
     if several and mesh.current() is None and jax.sharding.get_abstract_mesh().empty:
         return f"one of {jax.device_count()} devices, or all? XLA cannot split it, jax.set_mesh can"

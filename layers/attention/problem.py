@@ -107,6 +107,12 @@ def problem(
     return Problem(q, k, v, mask, bias, sinks, key if rate else None, scale, softcap, rate)
 
 
+def fewer_queries_than(block: int, p: Problem) -> str | None:
+    """Why a kernel is not worth it for queries that do not fill a block; None if they do."""
+    t = p.q.shape[1]
+    return f"{t} queries are less than a block of {block}" if t < block else None
+
+
 @dataclass(frozen=True)
 class Target:
     """What programs are made for: a platform of JAX ("cpu", "cuda", "tpu"), or its kernels interpreted here."""
