@@ -38,7 +38,8 @@ from formax.layers.attention import (
     pallas_tpu,
     xla_chunked,
 )
-from formax.layers.attention.problem import problem
+from formax.layers.attention.backends import unsupported
+from formax.layers.attention.problem import problem, target
 from formax.sharding import make_mesh
 
 KERNELS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}  # interpreted here, which takes a while
@@ -62,8 +63,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def within(backend: str) -> Iterator[None]:
-    """Where the backend can run: kernels are interpreted."""
-    if backend not in KERNELS:
+    """Where the backend can run: kernels are interpreted, but on a device of their own."""
+    if backend not in KERNELS or target().platform == KERNELS[backend]:
         yield
         return
     with compile_for(KERNELS[backend], interpret=True):
@@ -96,6 +97,22 @@ def test_biases(backend: str, bias: str) -> None:
 def test_numbers(backend: str, numbers: str) -> None:
     z = Sizes()
     agrees(backend, numbers, z, options(z, "an empty row", "none", numbers))
+
+
+if jax.default_backend() == "gpu":  # these can be neither interpreted nor tried without one
+
+    @pytest.mark.parametrize("backend", ["cudnn", "mosaic_gpu", "decode_gpu"])
+    @pytest.mark.parametrize("numbers", NUMBERS)
+    @pytest.mark.parametrize("mask", MASKS)
+    @pytest.mark.parametrize("t", [1, 300])
+    def test_on_a_gpu(backend: str, mask: str, numbers: str, t: int) -> None:
+        """In half precision, which they compute in."""
+        z = Sizes(t=t, s=304, d=64, dv=64, h=8, k=2)
+        given = options(z, mask, "none", numbers)
+        reason = unsupported(backend, problem(*qkv(z, jnp.bfloat16), **given))
+        if reason is not None:
+            pytest.skip(reason)
+        check(partial(attention, backend=backend), z, given, dtype=jnp.bfloat16, tolerance=0.1)
 
 
 SIZES = {
