@@ -1,0 +1,1 @@
+"""Generation: its settings, what is done to scores before a token is chosen, and when it stops."""
