@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         from_pretrained,
         register,
     )
+    from formax.generation.config import GenerationConfig
     from formax.inside import capture, intervene, places
     from formax.model import Model
     from formax.processors.auto import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
@@ -106,6 +107,7 @@ __all__ = [
     "AutoModelForZeroShotObjectDetection",
     "AutoProcessor",
     "AutoTokenizer",
+    "GenerationConfig",
     "Model",
     "SentenceEncoder",
     "capture",
@@ -121,6 +123,7 @@ _HOME = dict.fromkeys(__all__, "formax.auto") | {
     "AutoImageProcessor": "formax.processors.auto",
     "AutoProcessor": "formax.processors.auto",
     "AutoTokenizer": "formax.text.tokenizer",
+    "GenerationConfig": "formax.generation.config",
     "Model": "formax.model",
     "SentenceEncoder": "formax.text.embedding",
     "capture": "formax.inside",
