@@ -5,7 +5,7 @@ argument, with filling before the text and other tokens behind it, which must no
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,37 @@ def test_equals_the_reference(name: str) -> None:
     assert programs(closed) == 1
     # One program for all lengths: as a case of equal shapes may have made it before, perhaps none.
     assert programs(applied) - before <= 1
+
+
+def values(jaxpr: Any) -> Iterator[Any]:
+    """Every value that a program makes on its way."""
+    for equation in jaxpr.eqns:
+        yield from (out.aval for out in equation.outvars)
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda one: hasattr(one, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from values(inner)
+
+
+@pytest.mark.parametrize("name", oracle.CASES)
+def test_nothing_grows_with_the_square_of_the_text(name: str) -> None:
+    case = oracle.CASES[name]
+    length = 1031
+    tokens = Tokens.of(np.resize(oracle.texts(), (oracle.ROWS, length)), room=1)
+    scores = jnp.asarray(oracle.given_scores(case.get("scores", "plain"), 5))
+    program = jax.make_jaxpr(lambda tokens: made(case)(tokens, scores, **given(case, 5)))(tokens)
+    sizes = [value.size for value in values(program)]
+    assert sizes
+    assert max(sizes) < length**2 / 4
+
+
+def test_tokens() -> None:
+    tokens = filled(oracle.texts(), 5)
+    assert jnp.flatnonzero(tokens.written()).tolist() == [3, 4, 5, 6, 7]
+    assert (int(tokens.count()), int(tokens.new())) == (5, 1)
+    np.testing.assert_array_equal(tokens.last(3), oracle.texts()[:, 2:5])
+    np.testing.assert_array_equal(tokens.last(6, missing=-7)[:, 0], [-7] * 3)
+    assert Tokens.of([[1, 2, 3]], room=2, prompt=1).ids.tolist() == [[1, 2, 3, 0, 0]]
+    assert int(Tokens.of([[1, 2, 3]], prompt=1).new()) == 2
 
 
 def test_the_cases_do_something() -> None:

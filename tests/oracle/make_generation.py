@@ -518,6 +518,7 @@ CHECKED: list[dict[str, Any]] = [
     {"num_return_sequences": 3, "num_beams": 2},
     {"num_return_sequences": 2, "num_beams": 2},
     {"use_cache": False, "cache_implementation": "static", "cache_config": {}, "return_legacy_cache": True},
+    {"use_cache": None, "cache_implementation": "static"},
     {"output_scores": True, "output_logits": True, "output_attentions": True},
     {"output_scores": True, "return_dict_in_generate": True},
     {"streamer": None},
