@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         from_pretrained,
         register,
     )
+    from formax.generation.config import GenerationConfig
     from formax.inside import capture, intervene, places
     from formax.model import Model
     from formax.processors.auto import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
@@ -109,6 +110,7 @@ __all__ = [
     "AutoProcessor",
     "AutoQuantizationConfig",
     "AutoTokenizer",
+    "GenerationConfig",
     "Model",
     "SentenceEncoder",
     "capture",
@@ -126,6 +128,7 @@ _HOME = dict.fromkeys(__all__, "formax.auto") | {
     "AutoProcessor": "formax.processors.auto",
     "AutoQuantizationConfig": "formax.quantization",
     "AutoTokenizer": "formax.text.tokenizer",
+    "GenerationConfig": "formax.generation.config",
     "Model": "formax.model",
     "SentenceEncoder": "formax.text.embedding",
     "capture": "formax.inside",

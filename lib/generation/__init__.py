@@ -1,0 +1,30 @@
+"""Generation: its settings, what is done to scores before a token is chosen, and when it stops."""
+
+from formax.generation.config import (
+    GenerationConfig,
+    GenerationMode,
+    SynthIDTextWatermarkingConfig,
+    WatermarkingConfig,
+)
+from formax.generation.processors import processors_of, then
+from formax.generation.state import Rule, Tokens
+from formax.generation.stopping import MaxTime, any_of, criteria_of, stop_strings
+from formax.generation.watermark import SynthIDDetector, WatermarkDetector, WatermarkReport
+
+__all__ = [
+    "GenerationConfig",
+    "GenerationMode",
+    "MaxTime",
+    "Rule",
+    "SynthIDDetector",
+    "SynthIDTextWatermarkingConfig",
+    "Tokens",
+    "WatermarkDetector",
+    "WatermarkReport",
+    "WatermarkingConfig",
+    "any_of",
+    "criteria_of",
+    "processors_of",
+    "stop_strings",
+    "then",
+]
