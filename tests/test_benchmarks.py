@@ -89,11 +89,11 @@ def test_flops_are_those_that_the_compiler_counts(module: Callable[[str], Any]) 
     sizes = {**module("harness").SIZES["base"], "num_hidden_layers": 2}
     config = formax.AutoConfig.for_model("bert", **sizes)
     model = jax.eval_shape(lambda key: formax.AutoModel.from_config(config, key=key), jax.random.key(0))
-    ids = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)  # so few that attention has no loop, which is counted as one turn
     counted = jax.jit(lambda model, ids: model(input_ids=ids)).lower(model, ids).cost_analysis()
     assert counted is not None
     # The compiler also counts what is no matrix product, a few percent.
-    assert 1.0 < counted["flops"] / module("forward").flops(sizes, 2, 256) < 1.05
+    assert 1.0 < counted["flops"] / module("forward").flops(sizes, 2, 64) < 1.05
 
 
 def test_rounds_interleave(lab: Any) -> None:
