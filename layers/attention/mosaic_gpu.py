@@ -119,7 +119,7 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             j = first + at[0]
 
             def multiply(acc: Any) -> Any:
-                mg.wgmma(acc, own.at[group], mg.transpose_ref(keys, (1, 0)))
+                mg.wgmma(acc, own.at[group], keys.transpose((1, 0)))
                 take_turns()  # the tensor cores are the other's now
                 return acc[...]
 
