@@ -325,6 +325,7 @@ def test_initial_values_are_the_same_drawn_in_a_row(shape: tuple[int, ...]) -> N
 def test_scaled_initial_values_are_jaxs(fan: str, theirs: Any, uniform: bool, kind: Any) -> None:
     shape = (3, 2, 40, 60)
     expected = jax.nn.initializers.variance_scaling(1.7, theirs, kind)(KEY, shape, jnp.float32)
-    np.testing.assert_array_equal(specs.scaled(1.7, fan, uniform=uniform)(KEY, shape, jnp.float32), expected)
+    # Since jax 0.12 its factor is folded while compiling, to another last bit.
+    np.testing.assert_allclose(specs.scaled(1.7, fan, uniform=uniform)(KEY, shape, jnp.float32), expected, rtol=1e-6)
     expected = jax.nn.initializers.normal(0.3)(KEY, shape, jnp.float32)
-    np.testing.assert_array_equal(specs.normal(0.3)(KEY, shape, jnp.float32), expected)
+    np.testing.assert_allclose(specs.normal(0.3)(KEY, shape, jnp.float32), expected, rtol=1e-6)
