@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from formax.layers.attention.bias import by_pairs
 from formax.layers.attention.decode import as_xla_slopes
+from formax.layers.attention.kernel import NOTHING
 from formax.layers.attention.problem import Problem
 
 BLOCK = 256  # keys
-NOTHING = -1e30
 
 
 def supports(p: Problem) -> str | None:

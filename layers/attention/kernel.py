@@ -17,6 +17,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from formax.layers.attention.bias import ALiBi, Bucketed, by_pairs
+from formax.layers.attention.mask import Mask
 from formax.layers.attention.problem import Problem, target
 
 NOTHING = -1e30  # the score of a pair that is not seen
@@ -155,15 +156,13 @@ def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
     found: dict[str, jax.Array] = {"numbers": jnp.stack(columns, axis=1)}
     tp, sp = plan.padded
     if plan.ids:
-        of_q, of_k = m.segments or (jnp.zeros((1, t), jnp.int32), jnp.zeros((1, s), jnp.int32))
-        of_k = of_k.astype(jnp.int32) if m.keys is None else jnp.where(m.keys, of_k.astype(jnp.int32), DEAD)
-        of_q, of_k = (jnp.broadcast_to(x, (b, x.shape[1])) for x in (of_q.astype(jnp.int32), of_k))
+        of_q, of_k = segments_of(m, b, t, s)
         found["q_ids"] = jnp.pad(of_q, ((0, 0), (0, tp - t)), mode="edge")
         found["k_ids"] = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD)
     if "dense" in plan.pairs:
-        found["dense"] = filled(m.dense, plan).astype(jnp.int8)
+        found["dense"] = filled(m.dense, plan.padded).astype(jnp.int8)
     if p.bias is not None and "added" in plan.pairs:
-        found["added"] = filled(by_pairs(p.bias, t, s), plan)
+        found["added"] = filled(by_pairs(p.bias, t, s), plan.padded)
     if isinstance(p.bias, ALiBi):
         found["learned"] = jnp.pad(p.bias.slopes.astype(jnp.float32)[:, None], ((0, 0), (0, plan.width - 1)))
     if isinstance(p.bias, Bucketed):
@@ -186,10 +185,17 @@ def spans(plan: Plan, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {"q_span": jnp.stack([of_q.min(-1), of_q.max(-1)], -1), "k_span": jnp.stack([least, of_k.max(-1)], -1)}
 
 
-def filled(x: Any, plan: Plan) -> jax.Array:
+def segments_of(m: Mask, b: int, t: int, s: int) -> tuple[jax.Array, jax.Array]:
+    """Ids of queries [B, T] and of keys [B, S]; those of keys that do not exist are `DEAD`."""
+    of_q, of_k = m.segments or (jnp.zeros((1, t), jnp.int32), jnp.zeros((1, s), jnp.int32))
+    of_k = of_k.astype(jnp.int32) if m.keys is None else jnp.where(m.keys, of_k.astype(jnp.int32), DEAD)
+    return jnp.broadcast_to(of_q.astype(jnp.int32), (b, t)), jnp.broadcast_to(of_k, (b, s))
+
+
+def filled(x: Any, padded: tuple[int, int]) -> jax.Array:
     """Something of all pairs, with four axes and as long as the tiles are."""
     x = x.reshape((1,) * (4 - x.ndim) + x.shape)
-    (tp, sp), (t, s) = plan.padded, x.shape[2:]
+    (tp, sp), (t, s) = padded, x.shape[2:]
     return jnp.pad(x, ((0, 0), (0, 0), (0, tp - t if t > 1 else 0), (0, sp - s if s > 1 else 0)))
 
 

@@ -14,17 +14,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from formax.layers.attention.bias import ALiBi, Bucketed, by_distance, by_pairs
+from formax.layers.attention.kernel import DEAD, FAR, NOTHING, filled, segments_of
 from formax.layers.attention.problem import Problem, target
 
 ROWS, KEYS, STREAMS = 512, 512, 2  # of a tile: queries (of all heads that share keys), keys, heads at once
 # Tables of scores, in bytes, up to which they are better made at once (benchmarks/attention.py).
 SMALL = {"cpu": 2**19, "cuda": 2**28, "tpu": 2**28}
-NOTHING = -1e30  # the score of a pair that is not seen
-DEAD = np.int32(-(2**31))  # the segment of keys that do not exist
 
 
 def supports(p: Problem) -> str | None:
@@ -118,13 +116,7 @@ def _bias(p: Problem, form: Form) -> dict[str, jax.Array] | None:
     (tp, sp), offset = form.padded, p.mask.q_offset
     if isinstance(p.bias, ALiBi | Bucketed):
         return {"distance": by_distance(p.bias, tp, sp, offset).astype(jnp.float32)}
-    return {"pairs": _pad_pairs(by_pairs(p.bias, form.t, form.s), form)}
-
-
-def _pad_pairs(x: jax.Array, form: Form) -> jax.Array:
-    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
-    (tp, sp), (t, s) = form.padded, x.shape[2:]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, tp - t if t > 1 else 0), (0, sp - s if s > 1 else 0)))
+    return {"pairs": filled(by_pairs(p.bias, form.t, form.s), form.padded)}
 
 
 def _facts(p: Problem, form: Form) -> dict[str, Any]:
@@ -134,16 +126,14 @@ def _facts(p: Problem, form: Form) -> dict[str, Any]:
     facts: dict[str, Any] = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), b) for name, x in numbers.items()}
     facts["prefix"] = None if m.prefix is None else jnp.broadcast_to(m.prefix.astype(jnp.int32), b)
     facts["bounded"] = () if m.kv_length is not None or sp > s else None
-    facts["dense"] = None if m.dense is None else _pad_pairs(m.dense, form)
+    facts["dense"] = None if m.dense is None else filled(m.dense, form.padded)
     facts["key"] = p.key
     ids = None
     if m.segments is not None or m.keys is not None:
-        of_q, of_k = m.segments or (jnp.zeros((1, t), jnp.int32), jnp.zeros((1, s), jnp.int32))
-        of_k = of_k.astype(jnp.int32) if m.keys is None else jnp.where(m.keys, of_k.astype(jnp.int32), DEAD)
-        of_q, of_k = (jnp.broadcast_to(x, (b, x.shape[1])) for x in (of_q.astype(jnp.int32), of_k))
+        of_q, of_k = segments_of(m, b, t, s)
         of_q = jnp.pad(of_q, ((0, 0), (0, tp - t)), mode="edge").reshape(b, -1, form.rows)
         of_k = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD).reshape(b, -1, form.keys)
-        least = jnp.where(of_k == DEAD, np.int32(2**31 - 1), of_k).min(-1)
+        least = jnp.where(of_k == DEAD, FAR, of_k).min(-1)
         ids = {"q": of_q, "k": of_k, "q_least": of_q.min(-1), "q_most": of_q.max(-1), "k_least": least,
                "k_most": of_k.max(-1)}  # fmt: skip
     return facts | {"ids": ids}
