@@ -172,9 +172,10 @@ class Model:
             output_attentions = self.config.output_attentions
         on = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = tuple(name for name, switch in on.items() if switch)
-        placing = mesh.of_arrays(self.params)  # tracers do not tell: inside a trace it is the caller's to say
+        leaves = jax.tree.leaves((self, arrays, key, factors))
+        placing = mesh.of_arrays(leaves)  # tracers do not tell: inside a trace it is the caller's to say
         arguments = (self, arrays, key, factors, tuple(static.items()), wanted, patterns, optional, placing)
-        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self, arrays, key, factors)))
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         out, seen = _forward(*arguments) if traced else _compiled_forward(*arguments)
         return out, dict(seen)
 

@@ -169,7 +169,7 @@ def compile_step(train_step: TrainStep, state: TrainState) -> TrainStep:
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     if not any(isinstance(place, NamedSharding) for place in jax.tree.leaves(places)):
         return jax.jit(train_step, donate_argnums=0)
-    placing = of_arrays(state.model.params)
+    placing = of_arrays(jax.tree.leaves(state.model.params))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with placed(placing):  # in a trace the weights do not say where they lie

@@ -104,10 +104,9 @@ def current() -> Placing | None:
     return None if found is None or found.mesh.size == 1 else found
 
 
-def of_arrays(tree: Any) -> Placing | None:
-    """The mesh over which the first array of a tree is split, if there are several devices."""
-    first = next(iter(jax.tree.leaves(tree)), None)
-    sharding = getattr(first, "sharding", None)
+def of_arrays(arrays: Sequence[Any]) -> Placing | None:
+    """The mesh over which the first array is split, if there are several devices."""
+    sharding = getattr(arrays[0], "sharding", None) if arrays else None
     several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
     return Placing(sharding.mesh) if several else None  # type: ignore[union-attr]
 
