@@ -41,7 +41,7 @@ def attend(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
     b, t, s, h, heads = p.sizes
     groups, block = h // heads, min(BLOCK, s)
-    q = p.q.reshape(b, t, heads, groups, -1) * jnp.asarray(p.scale, p.q.dtype)
+    q = p.q.reshape(b, t, heads, groups, p.q.shape[-1]) * jnp.asarray(p.scale, p.q.dtype)
     seen = p.mask.materialise(t, s)  # booleans of few queries are little beside the keys, and so are their terms
     added = None if p.bias is None else by_pairs(p.bias, t, s, p.mask.q_offset).astype(jnp.float32)
 
@@ -78,7 +78,7 @@ def attend(p: Problem) -> jax.Array:
     sums = jnp.zeros((*shape, p.v.shape[-1]), jnp.float32)
     sums, _, total = jax.lax.fori_loop(*blocks(p, block), step, (sums, most, total))
     out = sums / jnp.where(total > 0, total, 1)[..., None]
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, -1).astype(p.v.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, h, p.v.shape[-1]).astype(p.v.dtype)
 
 
 def blocks(p: Problem, block: int) -> tuple[jax.Array, jax.Array]:

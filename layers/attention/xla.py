@@ -25,7 +25,7 @@ def attention(p: Problem) -> jax.Array:
     """All pairs of queries and keys at once. Taps: `scores` (before the softmax) and `weights`, both [B, H, T, S]."""
     b, t, s, h, groups = p.sizes
     # Grouped heads share keys: [B, T, K, H/K, D]. The softmax runs in float32 for any input.
-    q = (p.q * jnp.asarray(p.scale, p.q.dtype)).reshape(b, t, groups, h // groups, -1)
+    q = (p.q * jnp.asarray(p.scale, p.q.dtype)).reshape(b, t, groups, h // groups, p.q.shape[-1])
     scores = jnp.einsum("btkgd,bskd->bkgts", q, p.k, preferred_element_type=jnp.float32).reshape(b, h, t, s)
     if p.softcap is not None:
         scores = p.softcap * jnp.tanh(scores / p.softcap)
