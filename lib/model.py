@@ -146,7 +146,7 @@ class Model:
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
-        return _input_names(self.architecture.inputs or self.family.inputs)
+        return _input_names(self.architecture.inputs or self.family.inputs, self.architecture.apply)
 
     def run(
         self,
@@ -196,7 +196,7 @@ class Model:
                 near = difflib.get_close_matches(name, known, n=2)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(known)}"
                 raise TypeError(f"{self.architecture.name} takes no input {name!r}; {hint}")
-            if isinstance(value, bool | str) and name not in TABLES:
+            if (isinstance(value, bool | str) and name not in TABLES) or (name == "logits_to_keep" and type(value) is int):
                 static[name] = value
             elif _is_on_host(value):
                 arrays[name] = jnp.asarray(_checked(self, name, value))
@@ -459,10 +459,10 @@ def _as_architecture(architecture: Architecture, method: str) -> Architecture:
 
 
 @lru_cache(maxsize=512)
-def _input_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What a forward function takes beside its parameters, its configuration and its key."""
-    names = list(inspect.signature(function).parameters)[2:]
-    return tuple(name for name in names if name != "key")
+def _input_names(function: Callable[..., Any], apply: Callable[..., Any]) -> tuple[str, ...]:
+    """What a forward function takes beside its parameters, its configuration and its key, and what its head takes."""
+    names = [name for name in list(inspect.signature(function).parameters)[2:] if name != "key"]
+    return (*names, *(("logits_to_keep",) if "logits_to_keep" in inspect.signature(apply).parameters else ()))
 
 
 def _is_on_host(value: Any) -> bool:
