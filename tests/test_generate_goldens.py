@@ -25,7 +25,7 @@ from formax import generation
 DATA = Path(__file__).parent / "data" / "generate"
 FAMILIES = sorted(path.stem for path in DATA.glob("*.json"))
 # What is summed in another order is off by the last bits, and a bit more where logits are processed.
-NEAR = {"rtol": 1e-4, "atol": 1e-4}
+NEAR: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 DRAWS = 3000
 
 Array = npt.NDArray[Any]
@@ -103,7 +103,7 @@ def shapes(value: Any) -> Any:
 def alive(case: dict[str, Any], steps: int, model: Any) -> Array:
     """Which rows have not ended before a step, [steps, rows]: what is computed of padding is of no worth."""
     eos = case["settings"].get("eos_token_id", model.generation_config.eos_token_id)
-    ends = [] if eos is None else np.atleast_1d(eos)
+    ends: Any = [] if eos is None else np.atleast_1d(eos)
     ended = np.isin(np.asarray(case["sequences"])[:, -steps:], ends).cumsum(1)
     return np.pad(ended, ((0, 0), (1, 0)))[:, :-1].T == 0
 

@@ -18,6 +18,8 @@ What a reimplementer must know, and may not expect
 --------------------------------------------------
 
 Greedy search:
+- Positions are counted from the first token that is not padding (GPT-2's as well, whose plain call counts from the
+  first column). Where a call has no mask, tokens that are `pad_token_id` are padding, unless that is an eos as well.
 - A row that has ended goes on with `pad_token_id` (eos, if there is none), and its scores go on being those of the
   model that reads padding. Generation stops with the last row, so that sequences may be shorter than asked for.
 - BART's configuration has a `forced_eos_token_id` (2, unless it says otherwise): its texts end so at their full length.
@@ -56,8 +58,11 @@ Constrained beam search:
 - `scores` hold the running score of their beam as well, unlike those of any other search.
 - A text that ends without having fulfilled its constraints is dropped, not continued.
 - Asked for scores it fails if texts that ended and texts that were cut off are returned together.
-- If fewer texts than beams are finished, those that fulfil their constraints are added; if these are fewer than
-  `num_return_sequences`, so are others.
+- Beams are dealt by how far they are: the best of each number of fulfilled tokens, most first, then the second best of
+  each, and so on. So they are not in the order of their scores, and the most likely beam goes on beside one that has
+  just been pushed on, however unlikely that is.
+- At the full length the beams that fulfil their constraints count as finished; if these are fewer than
+  `num_return_sequences`, all others do as well, and often win: one asked for may be fulfilled, three are not.
 
 Contrastive search:
 - Only probabilities of the `top_k` candidates after processors count, and they are not normalised again.
@@ -407,6 +412,8 @@ def make(mode: str, cases: Mapping[str, Settings], inputs: str = "padded", most:
 
 
 THREE = {"num_beams": 3, "num_return_sequences": 3}
+# Where texts end at all times, so that it shows when a search ends and what it weighs.
+ENDING = THREE | {"_inputs": "ending"}
 CONTRASTIVE = {"penalty_alpha": 0.6, "top_k": 4}
 SCORED = ("scores", "sequences_scores", "beam_indices", "transition_scores")
 
@@ -429,7 +436,7 @@ def groups(beams: int, groups: int, penalty: float) -> Settings:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         {"main": GPT2, "draft": shallow(GPT2, n_layer=2)},
-        decoders(0),
+        decoders(0) | {"ending": prompts(0, 7, 4, 2, name="generate.prompts.l")},
         make(
             "greedy",
             {
@@ -460,14 +467,17 @@ FAMILIES: dict[str, Family] = {
                 "4": {"num_beams": 4},
                 "3": THREE,
                 "3_whole": {"num_beams": 3, "_inputs": "whole"},
-                "3_early": THREE | {"early_stopping": True},
-                "3_never": THREE | {"early_stopping": "never"},
-                "3_penalty_0": THREE | {"length_penalty": 0.0},
-                "3_penalty_half": THREE | {"length_penalty": 0.5},
-                "3_penalty_2": THREE | {"length_penalty": 2.0},
-                "3_penalty_less": THREE | {"length_penalty": -1.0},
-                "3_never_0": THREE | {"early_stopping": "never", "length_penalty": 0.0},
-                "3_early_2": THREE | {"early_stopping": True, "length_penalty": 2.0},
+                "3_ending": ENDING,
+                "3_early": ENDING | {"early_stopping": True},
+                "3_never": ENDING | {"early_stopping": "never"},
+                "3_penalty_0": ENDING | {"length_penalty": 0.0, "_keep": ("sequences_scores",)},
+                "3_penalty_half": ENDING | {"length_penalty": 0.5},
+                "3_penalty_2": ENDING | {"length_penalty": 2.0},
+                "3_penalty_less": ENDING | {"length_penalty": -1.0, "_keep": ("sequences_scores",)},
+                "3_never_0": ENDING
+                | {"early_stopping": "never", "length_penalty": 0.0, "_keep": ("sequences_scores",)},
+                "3_never_2": ENDING | {"early_stopping": "never", "length_penalty": 2.0},
+                "3_early_2": ENDING | {"early_stopping": True, "length_penalty": 2.0},
                 "4_two_of_four": {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 9},
                 "3_ngram": THREE | {"no_repeat_ngram_size": 1},
                 "3_min_new": THREE | {"min_new_tokens": 9},
@@ -491,30 +501,32 @@ FAMILIES: dict[str, Family] = {
                 "4_2": groups(4, 2, 1.0),
                 "4_2_all": groups(4, 2, 1.0) | {"num_return_sequences": 4, "_keep": ("sequences_scores",)},
                 "6_3": groups(6, 3, 0.4) | {"num_return_sequences": 3},
-                "6_3_early": groups(6, 3, 2.5) | {"num_return_sequences": 6, "early_stopping": True},
+                "6_3_early": groups(6, 3, 2.5)
+                | ENDING
+                | {"num_beams": 6, "num_return_sequences": 6, "early_stopping": True},
                 "4_2_penalty": groups(4, 2, 1.0)
                 | {"num_return_sequences": 4, "length_penalty": 2.0, "repetition_penalty": 1.2},
                 "4_2_never": groups(4, 2, 1.0)
-                | {"num_return_sequences": 4, "early_stopping": "never", "length_penalty": -1.0},
+                | ENDING
+                | {"num_beams": 4, "num_return_sequences": 4, "early_stopping": "never", "length_penalty": -1.0},
             },
         )
         + make(
             "constrained",
             {
-                "words": THREE | {"force_words_ids": [[33, 20]]},
-                "two_words": {"num_beams": 4, "num_return_sequences": 2, "force_words_ids": [[33, 20], [41]]},
-                "any_word": THREE | {"force_words_ids": [[[33, 20], [33, 41, 8], [16, 19]]]},
-                "constraints": {
+                "words": {"num_beams": 4, "force_words_ids": [[33, 20]]},
+                "words_likely": {"num_beams": 4, "num_return_sequences": 4, "force_words_ids": [[41, 21], [8]]},
+                "any_word": {
                     "num_beams": 4,
-                    "num_return_sequences": 4,
-                    "constraints": [{"phrase": [33, 20, 9]}, {"any": [[41, 16], [44, 19]]}],
+                    "num_return_sequences": 2,
+                    "force_words_ids": [[[22, 21], [38, 29, 8], [37, 6]]],
                 },
-                "early": THREE
-                | {
-                    "force_words_ids": [[12, 23]],
-                    "early_stopping": True,
-                    "_keep": ("sequences_scores", "beam_indices"),
+                "constraints": {
+                    "num_beams": 6,
+                    "num_return_sequences": 3,
+                    "constraints": [{"phrase": [41, 38, 9]}, {"any": [[41, 29], [22, 19]]}],
                 },
+                "early": ENDING | {"force_words_ids": [[27]], "early_stopping": True, "length_penalty": 0.5},
             },
         )
         + make(
@@ -531,7 +543,6 @@ FAMILIES: dict[str, Family] = {
             "dola",
             {
                 "low": {"dola_layers": "low", "repetition_penalty": 1.2},
-                "high": {"dola_layers": "high", "repetition_penalty": 1.2},
                 "list": {"dola_layers": [1, 3], "repetition_penalty": 1.2},
             },
         )
@@ -574,7 +585,7 @@ FAMILIES: dict[str, Family] = {
             "greedy",
             {
                 "plain": {},
-                "eos_several": {"eos_token_id": [31, 5, 13]},
+                "eos_several": {"eos_token_id": [31, 16, 36]},
                 "mixed": {
                     "min_new_tokens": 4,
                     "repetition_penalty": 1.2,
@@ -592,7 +603,7 @@ FAMILIES: dict[str, Family] = {
                 "4": {"num_beams": 4},
                 "3": THREE,
                 "3_early": THREE | {"early_stopping": True, "length_penalty": 0.0},
-                "3_never": THREE | {"early_stopping": "never"},
+                "3_never": THREE | {"early_stopping": "never", "length_penalty": 0.5},
                 "3_ngram": THREE | {"no_repeat_ngram_size": 2, "length_penalty": 2.0},
                 "2_scores": {"num_beams": 2, "max_new_tokens": 7, "_keep": SCORED},
             },
@@ -848,7 +859,8 @@ def candidates() -> Iterator[list[float]]:
         best = torch.sort(values, -1, descending=True)[0][..., : k + 1]
         apart = best[..., :-1] - best[..., 1:]
         # Far below are what is ruled out and what stands for nothing.
-        if (apart := apart[best[..., 1:] > -1e8]).numel():
+        # The beams of a group that is done are all the same, and nothing comes of them.
+        if (apart := apart[(best[..., 1:] > -1e8) & (apart > 0)]).numel():
             gaps.append(float(apart.min()))
         return real(values, k, *args, **kwargs)
 
