@@ -1,0 +1,246 @@
+"""`generate` and `stream`: a model writes."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from formax.generation import sampling
+from formax.generation.config import GenerationConfig, GenerationMode
+from formax.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from formax.generation.task import Task, negative_of, task_of
+from formax.model import Model
+
+# Tokens between two looks at the clock.
+BETWEEN = 8
+
+
+def generate(
+    model: Model,
+    inputs: Any = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    logits_processor: Sequence[Any] = (),
+    stopping_criteria: Sequence[Any] = (),
+    prefix_allowed_tokens_fn: Callable[[int, np.ndarray], Sequence[int]] | None = None,
+    assistant_model: Model | None = None,
+    streamer: Any = None,
+    negative_prompt_ids: Any = None,
+    negative_prompt_attention_mask: Any = None,
+    use_model_defaults: bool | None = None,
+    tokenizer: Any = None,
+    cache: Any = None,
+    key: jax.Array | None = None,
+    **arguments: Any,
+) -> Any:
+    """Writes a text for every row of the inputs.
+
+    Args:
+        model: a model with a head for the next token.
+        inputs: its first input: `input_ids` [B, T] of a text model, `input_features` of one that hears.
+        generation_config: settings; what they leave at the defaults is as the model's own `generation_config` has it.
+        logits_processor: further rules for scores (`formax.generation.processors`), or functions (state, scores).
+        stopping_criteria: further rules for the end (`formax.generation.stopping`), or functions (state, scores).
+        prefix_allowed_tokens_fn: a function of (row, tokens so far) that gives the tokens which may follow.
+        assistant_model: a smaller model of the same vocabulary that proposes tokens.
+        streamer: an object with `put(tokens)` and `end()` that is handed every token.
+        negative_prompt_ids: [B, N] the prompt that `guidance_scale` leads away from; the last token by default.
+        negative_prompt_attention_mask: [B, N] which of these are no padding.
+        use_model_defaults: False takes nothing but the special tokens from the model's own settings.
+        tokenizer: for `stop_strings`.
+        cache: what was returned as `cache` by a call about the beginning of these inputs, which is not read again. One
+            row serves any number of them.
+        key: a `jax.random.key` for what is drawn; without one it is another every time.
+        **arguments: settings by name (`max_new_tokens`, `num_beams`, ...) and further inputs of the model
+            (`attention_mask`, ...).
+
+    Returns:
+        int32 [B * num_return_sequences, T + new tokens], rows that ended early filled with the padding token; with
+        `return_dict_in_generate=True` one of `formax.generation.outputs`.
+
+    Raises:
+        TypeError: a model that does not write, an argument that nobody knows.
+        ValueError: inputs that do not fit the model or the settings.
+        ConfigError: a setting that is impossible, alone or beside the others.
+    """
+    task = task_of(
+        model,
+        inputs,
+        generation_config,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        assisted=assistant_model is not None,
+        use_model_defaults=use_model_defaults,
+        tokenizer=tokenizer,
+        cache=cache,
+        given=arguments,
+    )
+    key = _key(task, key)
+    match task.mode:
+        case GenerationMode.GREEDY | GenerationMode.SAMPLE:
+            return _one_by_one(task, key, streamer, negative_prompt_ids, negative_prompt_attention_mask)
+        case _:
+            raise NotImplementedError(f"{task.mode.value} is not there yet")
+
+
+def stream(
+    model: Model, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+) -> Iterator[np.ndarray]:
+    """Writes a text for every row of the inputs, token by token.
+
+    The arguments are those of `generate`. The program is that of `generate`, too; only that it comes back after every
+    token.
+
+    Yields:
+        int32 [B], the next token of every row; of rows that have ended, the padding token.
+
+    Raises:
+        ValueError: as `generate`, and settings that choose between whole texts (beams).
+    """
+    names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "use_model_defaults", "tokenizer")
+    own = {name: arguments.pop(name) for name in (*names, "cache") if name in arguments}
+    key, negative = arguments.pop("key", None), arguments.pop("negative_prompt_ids", None)
+    negative_mask = arguments.pop("negative_prompt_attention_mask", None)
+    task = task_of(model, inputs, generation_config, **own, given=arguments)
+    if task.mode not in (GenerationMode.GREEDY, GenerationMode.SAMPLE):
+        raise ValueError(f"{task.mode.value} knows its text only at the end: stream() is for greedy search and sampling")
+    return _tokens(task, _key(task, key), negative, negative_mask)
+
+
+def _tokens(task: Task, key: Any, negative: Any, negative_mask: Any) -> Iterator[np.ndarray]:
+    how, rules = _how(task), _rules(task)
+    other, how = _negative(task, how, negative, negative_mask)
+    texts, _ = sampling.begin(task.model, task.prompt, rules, key, other, how=how)
+    until = int(task.prompt.length) + 1
+    texts, over, last = sampling.go(task.model, texts, rules, jnp.int32(until), how=how)
+    while True:
+        until += 1
+        # The next token is on its way while this one is looked at.
+        ahead = sampling.go(task.model, texts, rules, jnp.int32(until), how=how)
+        yield np.asarray(last)
+        if over or (task.clock is not None and task.clock()):
+            return
+        texts, over, last = ahead
+
+
+def _one_by_one(task: Task, key: Any, streamer: Any, negative: Any, negative_mask: Any) -> Any:
+    """Greedy search and sampling."""
+    how, rules = _how(task), _rules(task)
+    other, how = _negative(task, how, negative, negative_mask)
+    if streamer is not None:
+        streamer.put(task.shown)
+    texts, seen = sampling.begin(task.model, task.prompt, rules, key, other, how=how)
+    start = int(task.prompt.length)
+    end = start + int(task.config.max_new_tokens or 0)
+    stride = 1 if streamer is not None else BETWEEN if task.clock is not None else end
+    until = start + 1 if streamer is not None else min(start + stride, end)
+    while True:
+        texts, over, last = sampling.go(task.model, texts, rules, jnp.int32(until), how=how)
+        if streamer is not None:
+            streamer.put(np.asarray(last))
+        if until >= end or over or (task.clock is not None and task.clock()):
+            break
+        until = min(until + stride, end)
+    if streamer is not None:
+        streamer.end()
+    return _answer(task, texts, seen, how)
+
+
+def _answer(task: Task, texts: sampling.Texts, seen: dict[str, Any], how: sampling.How) -> Any:
+    start, length = int(task.prompt.length), int(texts.tokens.length)
+    new = texts.tokens.ids[:, start:length]
+    shown = jnp.repeat(jnp.asarray(task.shown), how.branches, axis=0)
+    sequences = jnp.concatenate([shown, new], axis=1)
+    if not task.config.return_dict_in_generate:
+        return sequences
+    context = texts.context.rewound(length - 1) if _rewinds(texts) else texts.context
+    found = steps_of(task, texts.record, seen, length - start, how.branches)
+    kind = GenerateEncoderDecoderOutput if task.is_encoder_decoder else GenerateDecoderOnlyOutput
+    return kind(sequences=sequences, cache=context.cache, **found)
+
+
+def steps_of(task: Task, record: dict[str, Any], seen: dict[str, Any], steps: int, times: int) -> dict[str, Any]:
+    """What was recorded, as a tuple with an entry a token; what was seen of the prompt comes first.
+
+    Args:
+        task: what was generated.
+        record: arrays [N, rows, ...], of which the first `steps` hold something.
+        seen: what was seen of the prompt, of its rows.
+        steps: new tokens.
+        times: rows of the record for each of the prompt.
+    """
+    start, begins = int(task.prompt.length), 0 if task.feed.mask is None else int(task.prompt.begins)
+    first = start - task.shown.shape[1] if task.shown.shape[1] else 0
+
+    def at(name: str, x: jax.Array, step: int) -> jax.Array:
+        """Entry of a step, without the columns that only fill."""
+        x = x[step] if step else jnp.repeat(x, times, axis=0)
+        if "attentions" in name and name != "cross_attentions":
+            x = x[..., first : start + step]
+        return x if step or name.endswith("scores") else x[:, :, first:start] if "attentions" in name else x[:, first:start]
+
+    out: dict[str, Any] = {}
+    for name in task.keeps:
+        if name in ("scores", "logits"):
+            out[name] = tuple(record[name][:steps])
+        elif name in record:
+            following = [tuple(at(name, x, step) for x in record[name]) for step in range(1, steps)]
+            out[name] = (tuple(at(name, x, 0) for x in seen[name]), *following)
+    if task.is_encoder_decoder:
+        for name in ("encoder_attentions", "encoder_hidden_states"):
+            if name in seen:
+                out[name] = seen[name]
+    del begins
+    return out
+
+
+def _rewinds(texts: sampling.Texts) -> bool:
+    from formax.layers.attention.cache import can_rewind
+
+    return texts.context.cache is not None and can_rewind(texts.context.cache)
+
+
+def _how(task: Task) -> sampling.How:
+    return sampling.How(
+        feed=task.feed,
+        room=task.room,
+        steps=task.steps if task.keeps else 0,
+        count=task.count,
+        samples=bool(task.config.do_sample),
+        pads=bool(task.config.eos_token_ids),
+        keeps=task.keeps,
+        branches=task.config.num_return_sequences,
+    )
+
+
+def _rules(task: Task) -> sampling.Rules:
+    return sampling.Rules(task.process, task.criteria, jnp.int32(task.pad))
+
+
+def _negative(task: Task, how: sampling.How, ids: Any, mask: Any) -> tuple[Any, sampling.How]:
+    """The prompt for guidance, if there is guidance."""
+    if "unconditional" not in task.process.needs:
+        if ids is not None:
+            raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
+        return None, how
+    prompt, feed = negative_of(task, ids, mask)
+    return prompt, replace(how, negative=feed)
+
+
+def _key(task: Task, key: jax.Array | None) -> jax.Array | None:
+    """The random key, if anything is drawn."""
+    if key is not None and not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        if getattr(key, "shape", None) == (2,) and key.dtype == jnp.uint32:
+            key = jax.random.wrap_key_data(key)
+        else:
+            raise TypeError(f"key must be a jax.random.key, got {type(key).__name__}; write key=jax.random.key(0)")
+    if not task.config.do_sample:
+        return None
+    return jax.random.key(secrets.randbits(63)) if key is None else key
