@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.generation import sampling
+from formax.generation import beams, sampling
 from formax.generation.config import GenerationConfig, GenerationMode
-from formax.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from formax.generation.outputs import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 from formax.generation.task import Task, negative_of, task_of
 from formax.model import Model
 
@@ -86,6 +91,8 @@ def generate(
     match task.mode:
         case GenerationMode.GREEDY | GenerationMode.SAMPLE:
             return _one_by_one(task, key, streamer, negative_prompt_ids, negative_prompt_attention_mask)
+        case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
+            return _beams(task, key)
         case _:
             raise NotImplementedError(f"{task.mode.value} is not there yet")
 
@@ -151,6 +158,56 @@ def _one_by_one(task: Task, key: Any, streamer: Any, negative: Any, negative_mas
     if streamer is not None:
         streamer.end()
     return _answer(task, texts, seen, how)
+
+
+def _beams(task: Task, key: Any) -> Any:
+    """Beam search."""
+    c = task.config
+    if task.process.needs:
+        raise ValueError(f"{', '.join(task.process.needs)}: guidance goes with greedy search and sampling, not with beams")
+    ends = c.eos_token_ids
+    how = beams.How(
+        feed=task.feed,
+        room=task.room,
+        steps=task.steps,
+        count=task.count,
+        keeps=task.keeps,
+        beams=c.num_beams,
+        candidates=max(2, 1 + len(ends)) * c.num_beams,
+        samples=bool(c.do_sample),
+        early=c.early_stopping,
+    )
+    # The reference's: a padding token 0 does not count as one.
+    fill = (c.pad_token_id or ends[0]) if ends else -1
+    most = int(c.max_new_tokens or 0)
+    power = 1.0 if c.length_penalty is None else c.length_penalty
+    rules = beams.Rules(task.process, task.criteria, jnp.int32(fill), jnp.float32(power), jnp.int32(most))
+    found, seen = beams.begin(task.model, task.prompt, rules, key, how=how)
+    start = int(task.prompt.length)
+    for until in stops(task, start):
+        found, over = beams.go(task.model, found, rules, jnp.int32(until), how=how)
+        if over or (task.clock is not None and task.clock()):
+            break
+    best = jax.tree.map(lambda x: x[:, : c.num_return_sequences].reshape(-1, *x.shape[2:]), found.aside)
+    steps = int((best.parents >= 0).sum(-1).max())
+    shown = jnp.repeat(jnp.asarray(task.shown), c.num_return_sequences, axis=0)
+    sequences = jnp.concatenate([shown, best.ids[:, start : start + steps]], axis=1)
+    if not c.return_dict_in_generate:
+        return sequences
+    kind = GenerateBeamEncoderDecoderOutput if task.is_encoder_decoder else GenerateBeamDecoderOnlyOutput
+    return kind(
+        sequences=sequences,
+        sequences_scores=best.scores if c.output_scores else None,
+        beam_indices=best.parents[:, :steps],
+        cache=found.context.cache,
+        **steps_of(task, found.record, seen, int(found.tokens.new()), how.beams),
+    )
+
+
+def stops(task: Task, start: int) -> list[int]:
+    """Columns at which one looks up from a compiled loop: the last, and some before if there is a clock to look at."""
+    end = start + int(task.config.max_new_tokens or 0)
+    return [end] if task.clock is None else [*range(min(start + BETWEEN, end), end, BETWEEN), end]
 
 
 def _answer(task: Task, texts: sampling.Texts, seen: dict[str, Any], how: sampling.How) -> Any:

@@ -124,12 +124,9 @@ class Context:
         kept = {name: x if name in HEAD_MASKS else x[rows] for name, x in self.memory.items()}
         return Context(cache, mask, kept)
 
-    def repeat(self, times: int) -> Context:
-        """What is known of rows that are so many times there, one beside the other."""
-        if times == 1:
-            return self
-        some = self.mask if self.mask is not None else next(x for x in jax.tree.leaves(self.cache) if jnp.ndim(x))
-        return self.take(jnp.repeat(jnp.arange(len(some)), times))
+    def repeat(self, rows: int, times: int) -> Context:
+        """What is known of these rows, each so many times there, one beside the other."""
+        return self if times == 1 else self.take(jnp.repeat(jnp.arange(rows), times))
 
     def rewound(self, length: Any) -> Context:
         """What was known when `length` columns had been read."""
@@ -255,7 +252,12 @@ def prefill(
     context = Context(cache, mask, prompt.memory)
     start = prompt.start if feed.cached else 0
     logits, context, seen = read(model, feed, context, tokens, start, count, keep=last, first=prompt.first)
-    if feed.cached and caches.can_rewind(cache):
+    if not feed.cached:  # what the text is about is looked at again in every step
+        about = {"encoder_outputs": seen.get("encoder_last_hidden_state")}
+        about |= {"encoder_hidden_states": prompt.first.get("encoder_hidden_states")}
+        memory = {name: x for name, x in about.items() if x is not None}
+        context = replace(context, memory=context.memory | memory)
+    elif caches.can_rewind(cache):
         context = context.rewound(prompt.length)
     return logits[:, 0], tokens, context, seen
 

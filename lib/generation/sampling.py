@@ -92,14 +92,15 @@ def begin(
     """Reads the prompt and chooses the first token: the texts, and what was seen of the prompt."""
     logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
     rows = jnp.repeat(jnp.arange(len(logits)), how.branches)
-    tokens, context, logits = replace(tokens, ids=tokens.ids[rows]), context.repeat(how.branches), logits[rows]
+    tokens, context, logits = replace(tokens, ids=tokens.ids[rows]), context.repeat(len(logits), how.branches), logits[rows]
     texts = Texts(tokens, context, jnp.zeros(len(rows), bool), key, {})
     other = None
     if negative is not None and how.negative is not None:
         other, its, known, _ = prefill(model, how.negative[0], negative, *how.negative[1:])
         its = replace(its, ids=its.ids[rows])
-        texts, other = replace(texts, negative=(its, known.repeat(how.branches))), other[rows]
-    texts = replace(texts, record=_empty(model, texts, logits, how))
+        texts, other = replace(texts, negative=(its, known.repeat(len(other), how.branches))), other[rows]
+    record = empty_record(model, how.feed, texts.context, texts.tokens, logits, how.steps, how.keeps)
+    texts = replace(texts, record=record)
     return choose(texts, logits, rules, how, other), seen
 
 
@@ -120,12 +121,12 @@ def go(model: Model, texts: Texts, rules: Rules, until: Array, *, how: How) -> t
 
 def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
     """Reads the last token of every text and chooses the next."""
-    logits, context, seen = _read_last(model, how.feed, texts.context, texts.tokens)
-    texts = replace(texts, context=context, record=_noted(texts, seen))
+    logits, context, seen = read_last(model, how.feed, texts.context, texts.tokens)
+    texts = replace(texts, context=context, record=noted(texts.record, seen, texts.tokens))
     other = None
     if texts.negative is not None and how.negative is not None:
         its, known = texts.negative
-        other, known, _ = _read_last(model, how.negative[0], known, its)
+        other, known, _ = read_last(model, how.negative[0], known, its)
         texts = replace(texts, negative=(its, known))
     return choose(texts, logits, rules, how, other)
 
@@ -133,7 +134,7 @@ def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
 def choose(texts: Texts, logits: Array, rules: Rules, how: How, other: Array | None = None) -> Texts:
     """Writes the next token of every text by the scores [B, V]; `other` are those without the prompt, for guidance."""
     scores = rules.process(texts.tokens, logits, **({} if other is None else {"unconditional": other}))
-    texts = replace(texts, record=_noted(texts, {"scores": scores, "logits": logits}))
+    texts = replace(texts, record=noted(texts.record, {"scores": scores, "logits": logits}, texts.tokens))
     key = texts.key
     if how.samples:
         key, own = jax.random.split(key)
@@ -155,25 +156,26 @@ def written(tokens: Tokens, chosen: Array) -> Tokens:
     return state.replace(tokens, ids=ids, length=tokens.length + 1)
 
 
-def _read_last(model: Model, feed: Feed, context: Context, tokens: Tokens) -> tuple[Array, Context, dict[str, Any]]:
+def read_last(
+    model: Model, feed: Feed, context: Context, tokens: Tokens
+) -> tuple[Array, Context, dict[str, Any]]:
+    """Reads the last token of every text: scores of the next [B, V], what is known then, what else was asked for."""
     logits, context, seen = read(model, feed, context, tokens, tokens.length - 1, 1)
     return logits[:, 0], context, seen
 
 
-def _empty(model: Model, texts: Texts, logits: Array, how: How) -> dict[str, Any]:
-    """A record without entries."""
+def empty_record(
+    model: Model, feed: Feed, context: Context, tokens: Tokens, logits: Array, steps: int, keeps: tuple[str, ...]
+) -> dict[str, Any]:
+    """A record without entries, with room for so many steps."""
     one: dict[str, Any] = {"scores": logits, "logits": logits}
-    if how.feed.seen:
-        one |= jax.eval_shape(lambda: _read_last(model, how.feed, texts.context, texts.tokens)[2])
-    kept = {name: one[name] for name in how.keeps if name in one}
-    return jax.tree.map(lambda x: jnp.zeros((how.steps, *x.shape), x.dtype), kept)
+    if feed.seen:
+        one |= jax.eval_shape(lambda: read_last(model, feed, context, tokens)[2])
+    kept = {name: one[name] for name in keeps if name in one}
+    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), kept)
 
 
-def _noted(texts: Texts, entries: dict[str, Any]) -> dict[str, Any]:
-    """The record with what it has of these entries, at the step that comes next."""
-    at = texts.tokens.new()
-    put = partial(jax.lax.dynamic_update_index_in_dim, index=at, axis=0)
-    return {
-        name: jax.tree.map(put, held, entries[name]) if name in entries else held
-        for name, held in texts.record.items()
-    }
+def noted(record: dict[str, Any], entries: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
+    """The record with what it has of these entries, at the step that writes the next token."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=tokens.new(), axis=0)
+    return {name: jax.tree.map(put, held, entries[name]) if name in entries else held for name, held in record.items()}

@@ -845,6 +845,8 @@ def generate(model: Any, case: Case, inputs: Inputs, draft: Any, **more: Any) ->
         settings["assistant_model"] = draft
     given = {name: torch.from_numpy(array) for name, array in arrays(inputs).items()}
     settings |= {"return_dict_in_generate": True} | more
+    if model.config.model_type == "mamba" and case.mode == "beam":
+        settings["use_cache"] = False  # its states are not put into the order of the beams: with them texts are wrong
     with torch.inference_mode():
         return transformers.GenerationMixin.generate(model, **given, **settings)
 
