@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.generation import beams, sampling
+from formax.generation import beams, contrastive, sampling
 from formax.generation.config import GenerationConfig, GenerationMode
 from formax.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -89,10 +89,12 @@ def generate(
     )
     key = _key(task, key)
     match task.mode:
-        case GenerationMode.GREEDY | GenerationMode.SAMPLE:
+        case GenerationMode.GREEDY | GenerationMode.SAMPLE | GenerationMode.DOLA:
             return _one_by_one(task, key, streamer, negative_prompt_ids, negative_prompt_attention_mask)
         case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
             return _beams(task, key)
+        case GenerationMode.CONTRASTIVE:
+            return _contrastive(task)
         case _:
             raise NotImplementedError(f"{task.mode.value} is not there yet")
 
@@ -157,14 +159,34 @@ def _one_by_one(task: Task, key: Any, streamer: Any, negative: Any, negative_mas
         until = min(until + stride, end)
     if streamer is not None:
         streamer.end()
-    return _answer(task, texts, seen, how)
+    return _answer(task, texts, seen, how.branches)
+
+
+def _contrastive(task: Task) -> Any:
+    """Contrastive search."""
+    _without_guidance(task)
+    if not task.feed.cached:
+        raise ValueError("contrastive search reads every candidate after the same text: it needs use_cache=True")
+    own = _how(task)
+    how = contrastive.How(**vars(own) | {"candidates": int(task.config.top_k or 0), "branches": 1})
+    rules = contrastive.Rules(_rules(task), jnp.float32(task.config.penalty_alpha))
+    texts, seen = contrastive.begin(task.model, task.prompt, how=how)
+    for until in stops(task, int(task.prompt.length)):
+        texts, over, _ = contrastive.go(task.model, texts, rules, jnp.int32(until), how=how)
+        if over or (task.clock is not None and task.clock()):
+            break
+    return _answer(task, texts, seen, 1)
+
+
+def _without_guidance(task: Task) -> None:
+    if task.process.needs:
+        raise ValueError(f"guidance_scale goes with greedy search and sampling, not with {task.mode.value}")
 
 
 def _beams(task: Task, key: Any) -> Any:
     """Beam search."""
     c = task.config
-    if task.process.needs:
-        raise ValueError(f"{', '.join(task.process.needs)}: guidance goes with greedy search and sampling, not with beams")
+    _without_guidance(task)
     ends = c.eos_token_ids
     how = beams.How(
         feed=task.feed,
@@ -210,15 +232,15 @@ def stops(task: Task, start: int) -> list[int]:
     return [end] if task.clock is None else [*range(min(start + BETWEEN, end), end, BETWEEN), end]
 
 
-def _answer(task: Task, texts: sampling.Texts, seen: dict[str, Any], how: sampling.How) -> Any:
+def _answer(task: Task, texts: Any, seen: dict[str, Any], branches: int) -> Any:
     start, length = int(task.prompt.length), int(texts.tokens.length)
     new = texts.tokens.ids[:, start:length]
-    shown = jnp.repeat(jnp.asarray(task.shown), how.branches, axis=0)
+    shown = jnp.repeat(jnp.asarray(task.shown), branches, axis=0)
     sequences = jnp.concatenate([shown, new], axis=1)
     if not task.config.return_dict_in_generate:
         return sequences
     context = texts.context.rewound(length - 1) if _rewinds(texts) else texts.context
-    found = steps_of(task, texts.record, seen, length - start, how.branches)
+    found = steps_of(task, texts.record, seen, length - start, branches)
     kind = GenerateEncoderDecoderOutput if task.is_encoder_decoder else GenerateDecoderOnlyOutput
     return kind(sequences=sequences, cache=context.cache, **found)
 
@@ -258,7 +280,7 @@ def steps_of(task: Task, record: dict[str, Any], seen: dict[str, Any], steps: in
     return out
 
 
-def _rewinds(texts: sampling.Texts) -> bool:
+def _rewinds(texts: Any) -> bool:
     from formax.layers.attention.cache import can_rewind
 
     return texts.context.cache is not None and can_rewind(texts.context.cache)
@@ -274,6 +296,7 @@ def _how(task: Task) -> sampling.How:
         pads=bool(task.config.eos_token_ids),
         keeps=task.keeps,
         branches=task.config.num_return_sequences,
+        layers=task.layers,
     )
 
 

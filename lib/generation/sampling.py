@@ -18,6 +18,7 @@ from jax import Array
 
 from formax.generation import state
 from formax.generation.decoding import Context, Feed, Prompt, prefill, read
+from formax.generation.dola import contrast
 from formax.generation.state import Rule, Tokens
 from formax.model import Model
 
@@ -36,6 +37,7 @@ class How:
         keeps: of "scores", "logits" and the names of `decoding.SEEN`, what is recorded.
         branches: texts for each prompt.
         negative: of the prompt for guidance, how it is given, columns of its buffer, and columns that are read.
+        layers: of DoLa, the candidates that the last layer is contrasted with.
     """
 
     feed: Feed
@@ -47,6 +49,7 @@ class How:
     keeps: tuple[str, ...] = ()
     branches: int = 1
     negative: tuple[Feed, int, int] | None = None
+    layers: tuple[int, ...] = ()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["process", "criteria", "pad"], meta_fields=[])
@@ -101,7 +104,9 @@ def begin(
         texts, other = replace(texts, negative=(its, known.repeat(len(other), how.branches))), other[rows]
     record = empty_record(model, how.feed, texts.context, texts.tokens, logits, how.steps, how.keeps)
     texts = replace(texts, record=record)
-    return choose(texts, logits, rules, how, other), seen
+    last = prompt.length - 1 - (prompt.start if how.feed.cached else 0)
+    states = tuple(x[:, last][rows] for x in seen.get("hidden_states", ()))
+    return choose(model, texts, logits, rules, how, other, states), seen
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("texts",))
@@ -128,12 +133,32 @@ def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
         its, known = texts.negative
         other, known, _ = read_last(model, how.negative[0], known, its)
         texts = replace(texts, negative=(its, known))
-    return choose(texts, logits, rules, how, other)
+    states = tuple(x[:, -1] for x in seen.get("hidden_states", ()))
+    return choose(model, texts, logits, rules, how, other, states)
 
 
-def choose(texts: Texts, logits: Array, rules: Rules, how: How, other: Array | None = None) -> Texts:
-    """Writes the next token of every text by the scores [B, V]; `other` are those without the prompt, for guidance."""
-    scores = rules.process(texts.tokens, logits, **({} if other is None else {"unconditional": other}))
+def choose(
+    model: Model,
+    texts: Texts,
+    logits: Array,
+    rules: Rules,
+    how: How,
+    other: Array | None = None,
+    states: tuple[Array, ...] = (),
+) -> Texts:
+    """Writes the next token of every text.
+
+    Args:
+        model: the model.
+        texts: the texts.
+        logits: scores of the model [B, V].
+        rules: what is done to them.
+        how: the rest.
+        other: the scores without the prompt, for guidance.
+        states: of all layers [B, E], for DoLa.
+    """
+    scores = contrast(model, how.feed, how.layers, logits, states) if how.layers else logits
+    scores = rules.process(texts.tokens, scores, **({} if other is None else {"unconditional": other}))
     texts = replace(texts, record=noted(texts.record, {"scores": scores, "logits": logits}, texts.tokens))
     key = texts.key
     if how.samples:

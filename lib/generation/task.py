@@ -20,6 +20,7 @@ from formax.core.config import ConfigError
 from formax.generation import processors, stopping
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache
+from formax.generation.dola import layers_of
 from formax.generation.state import Rule
 from formax.layers.attention import cache as caches
 from formax.layers.seq2seq import states_of
@@ -50,6 +51,7 @@ class Task:
         clock: when all is over.
         pad: the token after the end.
         keeps: what is recorded.
+        layers: of DoLa, the candidates that the last layer is contrasted with.
     """
 
     model: Model
@@ -66,6 +68,7 @@ class Task:
     clock: stopping.MaxTime | None
     pad: int
     keeps: tuple[str, ...]
+    layers: tuple[int, ...] = ()
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -175,6 +178,14 @@ def task_of(
     asked = {name for name in OUTPUT_FLAGS if config.return_dict_in_generate and getattr(config, name) is True}
     seen = tuple(name for name in ("output_attentions", "output_hidden_states") if name in asked)
     rewinds = cached and caches.can_rewind(jax.eval_shape(lambda: model.init_cache(1, 1, 1)))
+    if mode in (GenerationMode.CONTRASTIVE, GenerationMode.DOLA):
+        seen = tuple(dict.fromkeys((*seen, "output_hidden_states")))
+    layers: tuple[int, ...] = ()
+    if mode is GenerationMode.DOLA:
+        if seq2seq:
+            raise ValueError("dola_layers is for decoders alone: the layers of an encoder-decoder are not like its last")
+        depth, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
+        layers = layers_of(config.dola_layers, depth, tied)
     mask = None if mask is None or mask.all() else mask
     if cached and not rewinds and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
@@ -184,7 +195,7 @@ def task_of(
     encoder_length = _encoder_length(model, first, seq2seq)
     prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, vectors, rewinds)
     keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked)
-    keeps += tuple(name for name, switch in SEEN.items() if switch in seen)
+    keeps += tuple(name for name, switch in SEEN.items() if switch in asked)
     encoder_ids = np.asarray(own[main]) if seq2seq and main == "input_ids" else ids
     rules = processors.processors_of(
         config,
@@ -210,6 +221,7 @@ def task_of(
         clock=clock,
         pad=pad,
         keeps=keeps,
+        layers=layers,
     )
 
 
