@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.generation import beams, contrastive, sampling
+from formax.generation import assisted, beams, contrastive, sampling
 from formax.generation.config import GenerationConfig, GenerationMode
 from formax.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -20,6 +20,7 @@ from formax.generation.outputs import (
     GenerateEncoderDecoderOutput,
 )
 from formax.generation.task import Task, negative_of, task_of
+from formax.layers.attention.cache import can_rewind
 from formax.model import Model
 
 # Tokens between two looks at the clock.
@@ -93,6 +94,9 @@ def generate(
             return _one_by_one(task, key, streamer, negative_prompt_ids, negative_prompt_attention_mask)
         case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
             return _beams(task, key)
+        case GenerationMode.ASSISTED:
+            given = {"inputs": inputs, "use_model_defaults": use_model_defaults, "given": arguments}
+            return _assisted(task, key, assistant_model, given, streamer)
         case GenerationMode.CONTRASTIVE:
             return _contrastive(task)
         case _:
@@ -162,6 +166,70 @@ def _one_by_one(task: Task, key: Any, streamer: Any, negative: Any, negative_mas
     return _answer(task, texts, seen, how.branches)
 
 
+def _assisted(task: Task, key: Any, assistant: Model | None, given: dict[str, Any], streamer: Any) -> Any:
+    """Assisted generation, by another model, by this one's lower layers, or by the text itself."""
+    c, model = task.config, task.model
+    _without_guidance(task)
+    if task.layers or c.num_return_sequences > 1:
+        raise ValueError("assisted generation writes one text for every input, without dola_layers")
+    if not (_can_rewind(task)):
+        raise ValueError(f"{model.architecture.name} cannot take back tokens that were wrong: it needs a cache that can")
+    if assistant is None and c.assistant_early_exit is not None:
+        assistant = lower_layers(model, c.assistant_early_exit)
+    its = c
+    draft, its_prompt = None, None
+    if assistant is not None:
+        check_assistant(model, assistant)
+        own = assistant.generation_config or GenerationConfig()
+        its = own if c.assistant_early_exit is None else c
+        names = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+        lengths = {name: getattr(c, name) for name in names}
+        arguments = {**given["given"], "decoder_start_token_id": c.decoder_start_token_id, "bos_token_id": c.bos_token_id}
+        arguments |= {"pad_token_id": c.pad_token_id, "eos_token_id": c.eos_token_id, **lengths}
+        arguments = {name: x for name, x in arguments.items() if not name.startswith(("output_", "prompt_", "assist"))}
+        other = task_of(assistant, given["inputs"], given=arguments | {"return_dict_in_generate": False})
+        if not _can_rewind(other) or other.prompt.ids.shape != task.prompt.ids.shape:
+            raise ValueError(f"{assistant.architecture.name} reads this prompt in another way, so it cannot assist")
+        assistant, its_prompt, draft = other.model, other.prompt, (other.feed, other.count)
+    guesses = c.prompt_lookup_num_tokens if assistant is None else its.num_assistant_tokens
+    guesses = max(int(guesses or 0), 1)
+    grows = assistant is not None and its.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient")
+    most = min(2 * guesses if grows else guesses, max(int(c.max_new_tokens or 1) - 1, 1))
+    how = assisted.How(
+        **vars(_how(task)) | {"room": task.room + most + 1},
+        guesses=most,
+        draft=draft,
+        grows=grows,
+        ngram=c.max_matching_ngram_size or 2,
+    )
+    rules = _rules(task)
+    if streamer is not None:
+        streamer.put(task.shown)
+    number = jnp.int32(min(guesses, most))
+    texts, seen = assisted.begin(model, task.prompt, rules, key, assistant, its_prompt, number, how=how)
+    at = int(task.prompt.length)
+    sure = jnp.float32(its.assistant_confidence_threshold or 0.0)
+    end = at + int(c.max_new_tokens or 0)
+    until, over = (end if streamer is None else at + 1), False
+    while not over:
+        if streamer is None:
+            stopping_at = stops(task, at)
+        else:
+            stopping_at = [min(until + how.guesses, end)]
+        for until in stopping_at:
+            texts, done = assisted.go(model, assistant, texts, rules, sure, jnp.int32(until), how=how)
+            over = bool(done) or until >= end or (task.clock is not None and task.clock())
+            if over:
+                break
+        if streamer is not None:
+            for column in range(at, int(texts.tokens.length)):
+                streamer.put(np.asarray(texts.tokens.ids[:, column]))
+            at = int(texts.tokens.length)
+    if streamer is not None:
+        streamer.end()
+    return _answer(task, texts, seen, 1)
+
+
 def _contrastive(task: Task) -> Any:
     """Contrastive search."""
     _without_guidance(task)
@@ -175,7 +243,8 @@ def _contrastive(task: Task) -> Any:
         texts, over, _ = contrastive.go(task.model, texts, rules, jnp.int32(until), how=how)
         if over or (task.clock is not None and task.clock()):
             break
-    return _answer(task, texts, seen, 1)
+    rows = jnp.arange(len(texts.done)) * how.candidates
+    return _answer(task, replace(texts, context=texts.context.take(rows)), seen, 1)
 
 
 def _without_guidance(task: Task) -> None:
@@ -255,7 +324,7 @@ def steps_of(task: Task, record: dict[str, Any], seen: dict[str, Any], steps: in
         steps: new tokens.
         times: rows of the record for each of the prompt.
     """
-    start, begins = int(task.prompt.length), 0 if task.feed.mask is None else int(task.prompt.begins)
+    start = int(task.prompt.length)
     first = start - task.shown.shape[1] if task.shown.shape[1] else 0
 
     def at(name: str, x: jax.Array, step: int) -> jax.Array:
@@ -273,17 +342,46 @@ def steps_of(task: Task, record: dict[str, Any], seen: dict[str, Any], steps: in
             following = [tuple(at(name, x, step) for x in record[name]) for step in range(1, steps)]
             out[name] = (tuple(at(name, x, 0) for x in seen[name]), *following)
     if task.is_encoder_decoder:
-        for name in ("encoder_attentions", "encoder_hidden_states"):
-            if name in seen:
-                out[name] = seen[name]
-    del begins
+        for name in ("attentions", "hidden_states"):
+            if f"encoder_{name}" in seen and f"decoder_{name}" in task.keeps:
+                out[f"encoder_{name}"] = seen[f"encoder_{name}"]
     return out
 
 
 def _rewinds(texts: Any) -> bool:
-    from formax.layers.attention.cache import can_rewind
-
     return texts.context.cache is not None and can_rewind(texts.context.cache)
+
+
+def _can_rewind(task: Task) -> bool:
+    return task.feed.cached and can_rewind(jax.eval_shape(lambda: task.model.init_cache(1, 1, 1)))
+
+
+def check_assistant(model: Model, assistant: Model) -> None:
+    """Raises ValueError for a model that cannot propose tokens to this one."""
+    sizes = [getattr(one.config, "vocab_size", None) for one in (model, assistant)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the assistant has a vocabulary of {sizes[1]}, the model one of {sizes[0]}: they must be the same tokens"
+        )
+    if model.input_names[0] != assistant.input_names[0] or ("decoder_input_ids" in model.input_names) != (
+        "decoder_input_ids" in assistant.input_names
+    ):
+        raise ValueError(f"{assistant.architecture.name} takes other inputs than {model.architecture.name}")
+
+
+def lower_layers(model: Model, count: int) -> Model:
+    """The model without its upper layers (Elhoushi et al. 2024, arXiv:2404.16710); it shares all arrays.
+
+    Raises:
+        ValueError: it has no stack of layers, or not so many.
+    """
+    layers = model.params.get("layers")
+    inner = next((name for name, part in model.params.items() if isinstance(part, dict) and "layers" in part), None)
+    if not isinstance(layers, tuple) or not 0 < count < len(layers):
+        have = len(layers) if isinstance(layers, tuple) else f"none at the top of its tree ({inner or 'no stack'})"
+        raise ValueError(f"assistant_early_exit={count} must be below the number of layers, {have}")
+    config = model.config.replace(num_hidden_layers=count)
+    return model.replace(params={**model.params, "layers": layers[:count]}, config=config)
 
 
 def _how(task: Task) -> sampling.How:

@@ -93,7 +93,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -757,7 +757,13 @@ FAMILIES: dict[str, Family] = {
             "sound",
         )
         + make("contrastive", {"plain": CONTRASTIVE}, "sound")
-        + make("assisted", {"draft": {"_assistant": {"num_assistant_tokens": 3}}}, "one"),
+        # With tokens that are suppressed at the beginning, a draft also suppresses them where each of its guesses begins,
+        # and the model with it: the text is not that of greedy search then.
+        + make(
+            "assisted",
+            {"draft": {"_assistant": {"num_assistant_tokens": 3}, "begin_suppress_tokens": None}},
+            "one",
+        ),
     ),
     "mamba": Family(
         {"main": MAMBA},
@@ -917,6 +923,12 @@ def answered(family: Family, stored: Mapping[str, Any], case: Case, cache: dict[
             raise ValueError(
                 f"{case.name}: weights that are off by {JITTER} change the text to {got.sequences.tolist()}"
             )
+    if case.mode == "assisted":
+        greedy = replace(case, mode="greedy", assistant=None)
+        unaided = {name: value for name, value in case.settings.items() if not name.startswith("prompt_lookup")}
+        plain = generate(main, replace(greedy, settings=unaided), family.inputs[case.inputs], None)
+        if not torch.equal(out.sequences, plain.sequences):
+            raise ValueError(f"{case.name}: greedy search gives {plain.sequences.tolist()}")
     margin = None
     if case.mode in ("greedy", "assisted", "dola"):
         margin = greedy_margin(scored.sequences, scored.scores, ends(main, case))
