@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.generation import assisted, beams, contrastive, sampling
+from formax.generation import assisted, beams, contrastive, groups, sampling
 from formax.generation.config import GenerationConfig, GenerationMode
+from formax.generation.constraints import Constraints, constraints_of
 from formax.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
     GenerateBeamEncoderDecoderOutput,
@@ -99,8 +100,8 @@ def generate(
             return _assisted(task, key, assistant_model, given, streamer)
         case GenerationMode.CONTRASTIVE:
             return _contrastive(task)
-        case _:
-            raise NotImplementedError(f"{task.mode.value} is not there yet")
+        case GenerationMode.GROUP_BEAM | GenerationMode.CONSTRAINED_BEAM:
+            return _groups(task)
 
 
 def stream(
@@ -292,6 +293,58 @@ def _beams(task: Task, key: Any) -> Any:
         beam_indices=best.parents[:, :steps],
         cache=found.context.cache,
         **steps_of(task, found.record, seen, int(found.tokens.new()), how.beams),
+    )
+
+
+def _groups(task: Task) -> Any:
+    """Beam search in groups, and with words that must be said."""
+    c, ends = task.config, task.config.eos_token_ids
+    constraints, count = None, c.num_beam_groups
+    if task.mode is GenerationMode.CONSTRAINED_BEAM:
+        _without_guidance(task)
+        if c.num_beams < 2 or count > 1 or c.do_sample:
+            raise ValueError(
+                f"constraints want beams, without groups and sampling: num_beams={c.num_beams}, num_beam_groups={count}, "
+                f"do_sample={c.do_sample}"
+            )
+        constraints = Constraints.of(constraints_of(c.constraints, c.force_words_ids))
+    elif c.num_beams % count or c.do_sample:
+        raise ValueError(f"groups want as many beams each, and no sampling: num_beams={c.num_beams}, groups {count}")
+    size = c.num_beams // count
+    how = groups.GroupsHow(
+        feed=task.feed,
+        room=task.room,
+        steps=task.steps,
+        count=task.count,
+        keeps=task.keeps,
+        beams=c.num_beams,
+        candidates=max(2, 1 + len(ends)) * size,
+        samples=False,
+        early=c.early_stopping,
+        groups=count,
+        ends=ends,
+    )
+    most = int(c.max_new_tokens or 0)
+    power = 1.0 if c.length_penalty is None else c.length_penalty
+    rules = beams.Rules(task.process, task.criteria, jnp.int32(task.pad), jnp.float32(power), jnp.int32(most))
+    search, seen = groups.begin(task.model, task.prompt, rules, constraints, how=how)
+    start = int(task.prompt.length)
+    for until in stops(task, start):
+        search, over = groups.go(task.model, search, rules, constraints, jnp.int32(until), how=how)
+        if over or (task.clock is not None and task.clock()):
+            break
+    best = groups.finish(search, rules, constraints, how=how, returns=c.num_return_sequences)
+    sequences = jnp.asarray(groups.spelled(best, task.shown, start, most, task.pad, ends))
+    if not c.return_dict_in_generate:
+        return sequences
+    kind = GenerateBeamEncoderDecoderOutput if task.is_encoder_decoder else GenerateBeamDecoderOnlyOutput
+    parents = best.parents.reshape(len(sequences), -1)
+    return kind(
+        sequences=sequences,
+        sequences_scores=best.scores.reshape(-1) if c.output_scores else None,
+        beam_indices=parents[:, : int((parents >= 0).sum(-1).max())],
+        cache=search.context.cache,
+        **steps_of(task, search.record, seen, int(search.tokens.new()), how.beams),
     )
 
 
