@@ -46,6 +46,8 @@ class Plan:
         width: of what is learned of a bias by distance, a power of two.
         sinks: there are some.
         shared: rows that are one query's, those of heads that share keys; more than one in decoding.
+        heads: columns that are one key's, those of several heads, of which a row sees its own; then `Facts` say what
+            is where.
     """
 
     t: int
@@ -67,6 +69,7 @@ class Plan:
     width: int
     sinks: bool
     shared: int = 1
+    heads: int = 1
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -79,6 +82,11 @@ class Plan:
         return self.blocks[0] * self.rows, self.blocks[1] * self.keys
 
     @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile's scores."""
+        return self.rows, self.keys * self.heads
+
+    @property
     def masked(self) -> bool:
         """Whether any pair may not be seen."""
         bound = self.left is not None or self.right is not None
@@ -87,7 +95,7 @@ class Plan:
     @property
     def plain(self) -> bool:
         """Whether a tile is seen whole unless its edges say otherwise."""
-        return not self.ids and self.dilation == 1 and "dense" not in self.pairs
+        return not self.ids and self.dilation == 1 and "dense" not in self.pairs and self.heads == 1
 
 
 @dataclass(frozen=True)
@@ -102,10 +110,13 @@ class Facts:
         k_ids: [1, keys] segments of the tile's keys.
         dense: [rows or 1, keys or 1] of the tile, not zero where pairs are seen.
         added: [rows or 1, keys or 1] of the tile, terms.
-        slope: ALiBi's.
+        slope: ALiBi's, of all rows or [rows, 1].
         edge: `edge(r)`, the distance from which value r + 1 holds.
-        value: `value(r)` between edges.
+        value: `value(r)` between edges, of all rows or [rows, 1].
         below: `below(d)`, how many edges are not above d.
+        query: [rows, 1] number of each row's query, where columns are of several heads.
+        key: [1, columns] number in the tile of each column's key, likewise.
+        heads: [rows, 1] and [1, columns] whose they are, likewise.
     """
 
     offset: Any
@@ -119,6 +130,9 @@ class Facts:
     edge: Callable[[Any], Any] | None = None
     value: Callable[[Any], Any] | None = None
     below: Callable[[Any], Any] | None = None
+    query: Any = None
+    key: Any = None
+    heads: tuple[Any, Any] | None = None
 
 
 def plan_of(p: Problem, rows: int, keys: int) -> Plan:
@@ -267,7 +281,7 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
     if plan.softcap is not None:
         capped = plan.softcap * jnp.tanh(capped * (1 / plan.softcap))
     out = capped
-    shape = (plan.rows, plan.keys)
+    shape = plan.tile
     if plan.slopes is not None or plan.steps:
         ahead = _ahead(plan, i, j, facts)
         if plan.slopes is not None:
@@ -278,9 +292,11 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
         out = out + facts.added.astype(jnp.float32)
     if whole:
         return out, capped, None
-    q = facts.offset + _query(plan, i)
-    k = j * plan.keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    q = facts.offset + _query(plan, i, facts)
+    k = j * plan.keys + _key(plan, facts)
     parts = []
+    if facts.heads is not None:
+        parts.append(jnp.broadcast_to(facts.heads[0], shape) == jnp.broadcast_to(facts.heads[1], shape))
     if plan.causal:
         parts.append((k <= q) | (k < facts.prefix) if plan.prefix else k <= q)
     if plan.left is not None:
@@ -302,15 +318,23 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
 
 
 def _ahead(plan: Plan, i: Any, j: Any, facts: Facts) -> Any:
-    """How far each key is after each query: [rows, keys]."""
-    steps = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 1)
-    return steps + (j * plan.keys - facts.offset) - _query(plan, i)
+    """How far each key is after each query: [rows, columns]."""
+    return _key(plan, facts) + (j * plan.keys - facts.offset) - _query(plan, i, facts)
 
 
-def _query(plan: Plan, i: Any) -> Any:
-    """The number of each row's query: [rows, keys]."""
-    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 0)
+def _query(plan: Plan, i: Any, facts: Facts) -> Any:
+    """The number of each row's query: [rows, columns]."""
+    if facts.query is not None:
+        return jnp.broadcast_to(facts.query, plan.tile)
+    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, plan.tile, 0)
     return row if plan.shared == 1 else div(row, plan.shared)
+
+
+def _key(plan: Plan, facts: Facts) -> Any:
+    """The number in the tile of each column's key: [rows, columns]."""
+    if facts.key is not None:
+        return jnp.broadcast_to(facts.key, plan.tile)
+    return jax.lax.broadcasted_iota(jnp.int32, plan.tile, 1)
 
 
 def far(plan: Plan, ahead: Any) -> Any:
@@ -320,13 +344,13 @@ def far(plan: Plan, ahead: Any) -> Any:
 
 def _edges(plan: Plan, i: Any, j: Any, facts: Facts) -> tuple[Any, Any]:
     """Edges within a tile: from the first to the last but one. Few tiles have any: far away all is one bucket."""
-    nearest = j * plan.keys - facts.offset - i * plan.rows
+    first, last = (j * plan.keys - facts.offset - div(i * plan.rows + n, plan.shared) for n in (plan.rows - 1, 0))
     assert facts.below is not None
-    return facts.below(nearest - (plan.rows - 1)), facts.below(nearest + plan.keys - 1)
+    return facts.below(first), facts.below(last + plan.keys - 1)
 
 
 def _between(plan: Plan, i: Any, j: Any, ahead: Any, facts: Facts) -> Any:
-    """Terms of a bias that is constant between edges, [rows, keys]."""
+    """Terms of a bias that is constant between edges, [rows, columns]."""
     first, last = _edges(plan, i, j, facts)
     edge, value = facts.edge, facts.value
     assert edge is not None
@@ -335,7 +359,7 @@ def _between(plan: Plan, i: Any, j: Any, ahead: Any, facts: Facts) -> Any:
     def step(r: Any, out: Any) -> Any:
         return out + jnp.where(ahead >= edge(r), value(r + 1) - value(r), 0.0)
 
-    return jax.lax.fori_loop(first, last, step, jnp.full((plan.rows, plan.keys), value(first), jnp.float32))
+    return jax.lax.fori_loop(first, last, step, jnp.broadcast_to(value(first), plan.tile))
 
 
 def learned_slopes(plan: Plan, ds: Any, i: Any, j: Any, facts: Facts) -> Any:

@@ -54,8 +54,11 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it from a block of queries on, where it is known over which devices a program is split."""
-    if (reason := fewer_queries_than(LANES, p)) is not None:
-        return reason
+    return fewer_queries_than(LANES, p) or undivided()
+
+
+def undivided() -> str | None:
+    """Why a kernel had to be split by XLA, which cannot."""
     several = target().platform == jax.default_backend() and jax.device_count() > 1
     if several and mesh.current() is None and jax.sharding.get_abstract_mesh().empty:
         return f"one of {jax.device_count()} devices, or all? XLA cannot split it, jax.set_mesh can"

@@ -22,7 +22,7 @@ from formax.layers.attention.problem import Problem, target
 
 ROWS, KEYS, STREAMS = 512, 512, 2  # of a tile: queries (of all heads that share keys), keys, heads at once
 # Tables of scores, in bytes, up to which they are better made at once (benchmarks/attention.py).
-SMALL = {"cpu": 2**19, "cuda": 2**28, "tpu": 2**28}
+SMALL, SMALL_ON_CPU = 2**28, 2**19
 
 
 def supports(p: Problem) -> str | None:
@@ -32,7 +32,7 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it where the table of scores is large, and the queries are not one or two."""
-    limit = SMALL[target().platform]
+    limit = SMALL_ON_CPU if target().platform == "cpu" else SMALL
     if p.table_bytes <= limit:
         return f"a table of scores of {p.table_bytes / 2**20:.3g} MiB is made at once up to {limit / 2**20:.3g} MiB"
     if p.q.shape[1] < 8:
