@@ -146,7 +146,7 @@ def attend(p: Problem) -> jax.Array:
     if p.sinks is not None:
         given["sinks"] = by_row(p.sinks[:, None])
     given["q"] = jnp.pad(q[:, :, 0], ((0, 0), (0, rows - t * h), (0, 0)))
-    if p.table is not None:  # what is not read may be any number, but what stands for it is not
+    if p.table is not None:  # the copy of a page that does not exist would stop the chip
         given["table"] = jnp.clip(p.table, 0, len(p.k) - 1)
     first = orders(p)
     live = {name: view(x, way) for name, x, way in zip("kv", (p.k, p.v), first, strict=True)}
