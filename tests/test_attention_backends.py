@@ -431,7 +431,8 @@ def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
     plan = kernel.plan_of(problem(*qkv(z), mask=mask), 16, 8)
     given = kernel.operands(problem(*qkv(z), mask=mask), plan)
     grid = pallas_tpu.Grid(plan, groups=2, of_keys=of_keys)
-    needed = {name: np.asarray(x) for name, x in grid.needed({**given, **kernel.spans(plan, given)}).items()}
+    found = kernel.needed(plan, {**given, **kernel.spans(plan, given)}, of_keys=of_keys)
+    needed = {name: np.asarray(x) for name, x in found.items()}
     table = mask.materialise(z.t, z.s)
     seen = np.broadcast_to(np.ones(1, bool) if table is None else np.asarray(table)[:, 0], (z.b, z.t, z.s))
     (queries, keys), (tp, sp) = plan.blocks, plan.padded

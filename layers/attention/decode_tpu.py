@@ -33,8 +33,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from formax.layers.attention.bias import ALiBi, Bucketed
 from formax.layers.attention.decode import as_xla_slopes, few_keys, fold_heads, odd_pages, unfold_heads
-from formax.layers.attention.kernel import NOTHING, Facts, Plan, meet, operands, plan_of, scores, spans
-from formax.layers.attention.pallas_tpu import LANES, Grid, dot, spread, undivided, whole
+from formax.layers.attention.kernel import NOTHING, Facts, Plan, meet, needed, operands, plan_of, scores, spans
+from formax.layers.attention.pallas_tpu import LANES, dot, spread, undivided, whole
 from formax.layers.attention.problem import Problem, target
 
 ROWS = 128  # queries of all heads, at most
@@ -167,7 +167,7 @@ def steps(plan: Plan, pieces: int, given: Mapping[str, jax.Array]) -> tuple[dict
     needs, all of which lie in its tiles.
     """
     tiles, exact = plan.blocks[1], replace(plan, rows=plan.t, keys=plan.keys // pieces)
-    bounds = Grid(exact, 1).needed(given)["bounds"].reshape(-1, 2)
+    bounds = needed(exact, given)["bounds"].reshape(-1, 2)
     first, stop = jnp.minimum(bounds[:, 0] // pieces, tiles - 1), -(-bounds[:, 1] // pieces)
     count = jnp.maximum(stop - first, 1)
     ends = jnp.cumsum(count)

@@ -284,6 +284,30 @@ def query_blocks(plan: Tiles, j: Any, offset: Any, end: Any, prefix: Any) -> tup
     return div(jnp.maximum(start, 0), plan.rows), div(jnp.maximum(stop, 0) + plan.rows - 1, plan.rows)
 
 
+def needed(plan: Plan, given: Mapping[str, jax.Array], *, of_keys: bool = False) -> dict[str, jax.Array]:
+    """`bounds`, first and last but one block that each block needs, and `whole`, keys that are seen whole: [n].
+
+    From `numbers` and, if there are segments, `spans`: for blocks of queries in each row, or `of_keys`.
+    """
+    queries, keys = plan.blocks
+    offset, end, prefix = (given["numbers"][:, n, None] for n in range(3))
+    of_queries = key_blocks(plan, jnp.arange(queries), offset, end, prefix)
+    bounds = query_blocks(plan, jnp.arange(keys), offset, end, prefix) if of_keys else of_queries[::3]
+    start, stop = (jnp.broadcast_to(x, (len(given["numbers"]), plan.blocks[of_keys])) for x in bounds)
+    if plan.ids:  # the segments may say more
+        q, k = (jnp.moveaxis(given[name], -1, 0) for name in ("q_span", "k_span"))
+        met = meet(q[:, :, :, None], k[:, :, None])
+        met = jnp.moveaxis(met, 1, 2) if of_keys else met
+        any_met, first = met.any(-1), jnp.argmax(met, -1)
+        last = met.shape[-1] - jnp.argmax(met[..., ::-1], -1)
+        start, stop = jnp.maximum(start, first), jnp.where(any_met, jnp.minimum(stop, last), 0)
+    found = {"bounds": jnp.stack([start, stop], -1).astype(jnp.int32).reshape(-1)}
+    if plan.masked and plan.plain:
+        shape = len(given["numbers"]), queries
+        found["whole"] = jnp.stack([jnp.broadcast_to(x, shape) for x in of_queries[1:3]], -1).reshape(-1)
+    return found
+
+
 def div(a: Any, b: int) -> Any:
     """The quotient of numbers that are not negative (kernels have no other division)."""
     return a if b == 1 else jax.lax.div(jnp.asarray(a, jnp.int32), jnp.int32(b))
