@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -488,6 +489,11 @@ def test_no_platform_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     table = explain_attention(*shapes(64, 64))
     assert "xla          <- runs" in table
     assert "pallas_gpu      runs on cuda, and this is METAL" in table
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for version, name in (("rocm 60300", "rocm"), ("PJRT C API\ncuda 12080", "cuda")):
+        device = SimpleNamespace(client=SimpleNamespace(platform_version=version))
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert target().platform == name
 
 
 def test_a_kernel_of_several_devices_needs_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:

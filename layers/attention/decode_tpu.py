@@ -72,7 +72,7 @@ def supports(p: Problem) -> str | None:
             return f"pages of {least} positions lie apart where channels are no multiple of {LANES}"
     if max(least * heads * max(widths) * p.q.dtype.itemsize / BYTES, least * heads * whole(t * h, 16) / SCORES) > 2:
         return f"{least} keys of {heads} heads of {max(widths)} channels do not fit"
-    count = 2 * b * pl.cdiv(s, math.prod(tile_of(p))) + (0 if p.table is None else p.table.size)
+    count = 4 * b * pl.cdiv(s, math.prod(tile_of(p))) + (0 if p.table is None else p.table.size)
     if count > NUMBERS:
         return f"a list of {count} numbers, of steps and pages, does not fit the memory for scalars"
     return odd_pages(p)
@@ -321,8 +321,9 @@ def _call(plan: Plan, pieces: int, first: tuple[str, str], interpret: bool, give
         heads = {"q_head": row[:, None] % plan.heads, "k_head": head[None]}
         arrays |= {name: jnp.asarray(x, jnp.int32) for name, x in heads.items()}
     if plan.ids:
-        tiles = given["k_ids"].reshape(b, plan.blocks[1], plan.keys)[..., key]
-        arrays |= {"q_ids": given["q_ids"][..., None], "k_ids": tiles[:, :, None]}
+        ids = given["k_ids"].reshape(b, plan.blocks[1], 1, plan.keys)  # in one piece, without pages
+        ids = jnp.repeat(ids, plan.heads, axis=3) if first[0] == "positions" else jnp.tile(ids, plan.heads)
+        arrays |= {"q_ids": given["q_ids"][..., None], "k_ids": ids}
 
     def whole_of(x: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda n, *_: (0,) * x.ndim)

@@ -127,7 +127,7 @@ def fewer_queries_than(block: int, p: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What programs are made for: a platform of JAX ("cpu", "cuda", "tpu"), or its kernels interpreted here."""
+    """What programs are made for: a platform of JAX ("cpu", "cuda", "tpu", ..), or its kernels interpreted here."""
 
     platform: str
     interpret: bool = False
@@ -138,8 +138,12 @@ _target: ContextVar[Target | None] = ContextVar("formax_attention_target", defau
 
 def target() -> Target:
     """What programs are made for at the moment: the default device, unless `compile_for` says otherwise."""
+    if (said := _target.get()) is not None:
+        return said
     backend = jax.default_backend()
-    return _target.get() or Target("cuda" if backend == "gpu" else backend)
+    if backend == "gpu":  # of either maker
+        backend = "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+    return Target(backend)
 
 
 @contextmanager
