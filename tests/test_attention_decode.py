@@ -321,6 +321,20 @@ def test_what_a_tpu_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "128 keys of 128 heads of 64 channels do not fit" in told(h=128, k=128)
 
 
+def test_tiles_of_a_tpu_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as fits, of a cache of one length in equal parts, and no larger than a window."""
+    monkeypatch.undo()
+
+    def tile(s: int, d: int, left: int | None = None) -> int:
+        q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 32, d), (2, s, 8, d)))
+        return decode_tpu.tile_of(problem(q, k, k, mask=Mask(causal=True, window=(left, None))))[0]
+
+    assert [tile(s, 128) for s in (32768, 600, 512, 300)] == [512, 304, 512, 160]
+    assert [tile(s, 64) for s in (32768, 1100, 300)] == [1024, 640, 256]
+    assert [tile(4096, d, left=127) for d in (64, 128)] == [128, 128]
+    assert [tile(4096, d, left=9) for d in (64, 128)] == [128, 16]
+
+
 def test_pages_are_explained_as_other_calls_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 

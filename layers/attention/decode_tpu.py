@@ -112,6 +112,9 @@ def tile_of(p: Problem) -> tuple[int, int]:
     if p.table is not None:
         page, count = p.k.shape[1], p.table.shape[1]
         return page, max(1, min(most // page, PAGES, count))
+    left, right = p.mask.window or (None, None)
+    if left is not None and (p.mask.causal or right is not None):  # no more than two tiles, of no more than it takes
+        most = min(most, whole(left + (0 if p.mask.causal else right or 0) + t, of))
     most = max(of, min(most, s) // of * of)
     return min(whole(pl.cdiv(s, pl.cdiv(s, most)), of), s // of * of), 1
 
