@@ -480,6 +480,7 @@ def test_what_a_kernel_does_not_do(backend: str) -> None:
 def test_a_tpu_has_its_kernel() -> None:
     assert chosen("tpu", HALF, mask=Mask(causal=True), bias=ALiBi(jnp.ones(4))) == "pallas_tpu"
     assert chosen("tpu", shapes(64, 4096)) == "xla"
+    assert chosen("tpu", shapes(4096, 4096, b=0)) == "xla"  # there is nothing to compute
     with compile_for("tpu"):
         assert "64 queries are less than a block of 128" in explain_attention(*shapes(64, 4096))
 

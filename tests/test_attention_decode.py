@@ -326,7 +326,8 @@ def test_tiles_of_a_tpu_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
 
     def tile(s: int, d: int, left: int | None = None) -> int:
-        q, k = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 1, 32, d), (2, s, 8, d)))
+        q: Any = jax.ShapeDtypeStruct((2, 1, 32, d), jnp.bfloat16)
+        k = jax.ShapeDtypeStruct((2, s, 8, d), jnp.bfloat16)
         return decode_tpu.tile_of(problem(q, k, k, mask=Mask(causal=True, window=(left, None))))[0]
 
     assert [tile(s, 128) for s in (32768, 600, 512, 300)] == [512, 304, 512, 160]
