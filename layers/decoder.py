@@ -19,7 +19,7 @@ from formax.core.rng import split
 from formax.core.spec import At, Spec, fold, normal, stack_of
 from formax.layers import embed, norm, rope
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, Mask, attention_spec, from_attention_mask
+from formax.layers.attention import KVCache, Mask, attention_spec, causal_mask
 
 
 @config
@@ -101,11 +101,10 @@ def decode(
     embed.check_inputs(input_ids, inputs_embeds, None)
     with tap.scope("embed"):
         x = tap.tap("out", embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds)
-    offset, room = (0, None) if cache is None else (cache[0].length, cache[0].k.shape[1])
-    mask = from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
+    mask = causal_mask(attention_mask, cache)
     if window is not None and mask.causal:  # pairs [B, T, S] say everything, the window too
-        mask = mask & Mask(window=(window - 1, None), q_offset=offset)
-    positions = offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
+        mask = mask & Mask(window=(window - 1, None), q_offset=mask.q_offset)
+    positions = embed.positions(mask.q_offset, x) if position_ids is None else position_ids
     cos, sin = rope.cos_sin(c.rope_parameters, c.head_size, c.max_position_embeddings, positions)
     rotate = partial(rope.rotate, cos=cos, sin=sin)
 

@@ -30,6 +30,11 @@ def embed(p: dict[str, Any], ids: jax.Array) -> jax.Array:
     return jnp.take(p["embedding"], ids, axis=0, mode="clip")
 
 
+def positions(offset: Any, x: jax.Array) -> jax.Array:
+    """Positions of states x [B, T, ...] of which the first is at `offset`, one number or [B]: int [1 or B, T]."""
+    return jnp.reshape(offset, (-1, 1)) + jnp.arange(x.shape[1])
+
+
 def logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """The table as a tied output projection: [..., size] -> [..., rows]."""
     return jnp.einsum("...e,ve->...v", x, p["embedding"].astype(x.dtype))

@@ -125,12 +125,24 @@ def sequence_classification(summary: Apply) -> Apply:
     return apply
 
 
-def causal_lm(encode: Apply) -> Apply:
-    """Scores of the next word at every position: logits [B, T, V]."""
+def kept(x: jax.Array, which: Any) -> jax.Array:
+    """Of states [B, T, E] those whose scores are wanted, which for a large vocabulary cost more than the states.
 
-    def apply(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> LogitsOutput:
+    Args:
+        x: states.
+        which: the last so many, or the positions in an array [n]; 0 for all.
+    """
+    if isinstance(which, int):
+        return x[:, -which:]
+    return jnp.take(x, which, axis=1, mode="clip")
+
+
+def causal_lm(encode: Apply) -> Apply:
+    """Scores of the next word at every position: logits [B, T, V], or at those of `logits_to_keep` (`kept`)."""
+
+    def apply(p: Any, c: Any, input_ids: Any = None, logits_to_keep: Any = 0, **inputs: Any) -> LogitsOutput:
         x, cache = encode(p, c, input_ids, **inputs)
-        return LogitsOutput(logits=lm_logits(p, x), cache=cache)
+        return LogitsOutput(logits=lm_logits(p, kept(x, logits_to_keep)), cache=cache)
 
     return apply
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from formax.core.outputs import BaseModelOutput, Seq2SeqOutput
 from formax.core.rng import split
-from formax.layers.attention import KVCache, Mask, from_attention_mask
+from formax.layers.attention import CrossCache, KVCache
 
 
 def shift_right(ids: jax.Array, start: int | None, pad: int | None) -> jax.Array:
@@ -132,20 +132,14 @@ def caches(
     """
 
     def layer(count: int) -> dict[str, KVCache | None]:
-        empty = partial(KVCache.empty, batch, head_dim=head_dim, dtype=dtype)
-        cross = None if encoder_length is None else empty(encoder_length, heads=cross_heads)
-        return {"attn": empty(length, heads=count), "cross": cross}
+        size: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype}
+        if encoder_length is None:
+            cross = None
+        else:
+            cross = CrossCache.empty(batch, encoder_length, cross_heads, **size)
+        return {"attn": KVCache.empty(batch, length, count, **size), "cross": cross}
 
     return tuple(map(layer, heads))
-
-
-def decoder_mask(attention_mask: Any, cache: Any) -> Mask:
-    """What a decoder's positions see of each other: those of its padding mask [B, S], up to themselves.
-
-    With a cache of layers ({"attn": KVCache, ...} each) the first position comes after those it holds: `q_offset`.
-    """
-    offset, room = (0, None) if cache is None else (cache[0]["attn"].length, cache[0]["attn"].k.shape[1])
-    return from_attention_mask(attention_mask, causal=True, q_offset=offset, keys=room)
 
 
 def eos_states(x: jax.Array, input_ids: jax.Array | None, eos: int | tuple[int, ...] | None) -> jax.Array:

@@ -34,14 +34,14 @@ def beside(out: Seq2SeqOutput) -> dict[str, Any]:
 
 
 def conditional_generation(run: Run, logits: Callable[[Any, Any, jax.Array], jax.Array] | None = None) -> Apply:
-    """Scores of the decoder's next words: logits [B, T, V].
+    """Scores of the decoder's next words: logits [B, T, V], or at the positions of `logits_to_keep` (`heads.kept`).
 
     `logits(p, c, states [B, T, E])` is what makes them, if it is more than the head of `heads.lm_head`.
     """
 
-    def apply(p: Any, c: Any, *args: Any, **inputs: Any) -> Seq2SeqLogitsOutput:
+    def apply(p: Any, c: Any, *args: Any, logits_to_keep: Any = 0, **inputs: Any) -> Seq2SeqLogitsOutput:
         out = run(p, c, *args, **inputs)
-        x = out.last_hidden_state
+        x = heads.kept(out.last_hidden_state, logits_to_keep)
         return Seq2SeqLogitsOutput(logits=heads.lm_logits(p, x) if logits is None else logits(p, c, x), **beside(out))
 
     return apply

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core.spec import Initializer
+from formax.layers.attention.cache import Cache
 
 # Positions whose states are in memory at once.
 CHUNK = 64
@@ -21,7 +22,7 @@ CHUNK = 64
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MambaCache:
+class MambaCache(Cache):
     """What a layer keeps of the positions seen: inputs of the convolution [B, W - 1, C], state [B, C, N], how many."""
 
     conv: jax.Array

@@ -24,7 +24,7 @@ from formax.core.rng import split
 from formax.core.spec import At, Spec, Tied, fold, normal, optional
 from formax.layers import embed, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
-from formax.layers.attention import attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import attention_spec, causal_mask, cross_attention, from_attention_mask, self_attention
 from formax.layers.dropout import dropout, layer_drop
 
 EPS = 1e-5  # of all norms
@@ -227,7 +227,7 @@ def text_decoder(embeddings: Embeddings, around: Around) -> Callable[..., Any]:
     ) -> Any:
         """The decoder: ids [B, T] and an encoder's states [B, S, E], if there are any -> (states [B, T, E], cache)."""
         k_embed, k_layers = split(key, 2)
-        mask = seq2seq.decoder_mask(attention_mask, cache)
+        mask = causal_mask(attention_mask, cache)
         memory = encoder_hidden_states, from_attention_mask(encoder_attention_mask)
         with tap.scope("decoder"):
             x = embeddings(p, c, "decoder", input_ids, inputs_embeds, mask.q_offset, k_embed)

@@ -11,7 +11,7 @@ from formax import hub
 from formax.core import registry
 from formax.core.config import Config
 from formax.core.family import Family
-from formax.loading import as_config, choose, load, read_config, spec_of
+from formax.loading import as_config, choose, generation_config, load, read_config, spec_of
 from formax.model import Model
 from formax.sharding import DEFAULT_RULES, Rules, shardings
 
@@ -110,7 +110,8 @@ class AutoModel:
         architecture, family, config = choose(registry.family(config.model_type), config, cls.task)
         spec = spec_of(architecture, config)
         places = None if mesh is None else shardings(spec, mesh, rules)
-        return Model.initialise(config, architecture, family, key, dtype, places)
+        model = Model.initialise(config, architecture, family, key, dtype, places)
+        return model.replace(generation_config=generation_config(architecture, config))
 
     register = staticmethod(register)
 

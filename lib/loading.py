@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -23,6 +23,9 @@ from formax.core.spec import Spec
 from formax.model import Model
 from formax.quantization import check_plain
 from formax.sharding import DEFAULT_RULES, Rules, shardings
+
+if TYPE_CHECKING:
+    from formax.generation.config import GenerationConfig
 
 log = logging.getLogger("formax")
 
@@ -175,8 +178,29 @@ def load(
             key=key,
         )
     _say(found, folder, report)
-    model = Model(params, inner, found, family)
+    model = Model(params, inner, found, family, generation_config=generation_config(found, inner, folder))
     return (model, report) if output_loading_info else model
+
+
+def generation_config(
+    architecture: Architecture, config: Config, folder: Path | None = None
+) -> GenerationConfig | None:
+    """How a model writes that can: as its checkpoint's generation_config.json says, else its configuration.
+
+    Settings that are impossible are told of, and not used: they harm nobody who does not write.
+    """
+    if not architecture.writes:
+        return None
+    from formax.generation.config import FILE, GenerationConfig
+
+    path = None if folder is None else folder / FILE
+    try:
+        if path is not None and path.is_file():
+            return GenerationConfig.from_dict(read_json(path), source=str(path))
+        return GenerationConfig.from_model_config(config)
+    except ConfigError as error:
+        log.warning("%s; generate() starts from the defaults", error)
+        return GenerationConfig()
 
 
 def spec_of(architecture: Architecture, config: Config) -> Spec:

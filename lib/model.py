@@ -12,11 +12,11 @@ import difflib
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from formax.core.family import Architecture, Family
 from formax.core.rng import fold_path
 from formax.core.spec import Tree
 from formax.core.tap import Intervention, watch
+
+if TYPE_CHECKING:
+    from formax.generation.config import GenerationConfig
 
 # Output fields that are collected at taps: field -> (switch of the call, patterns in the order of the field). A family
 # whose last hidden state is the one after its final norm taps that as `last`; it takes the place of the last layer's.
@@ -73,6 +76,7 @@ class Model:
         family: where it belongs.
         interventions: changes of inner values in force (`formax.intervene`).
         remat: layers are computed again in the backward pass, which needs the memory of one instead of all of them.
+        generation_config: what `generate` does if it is not told otherwise; None for what `config` says about it.
     """
 
     params: Tree
@@ -81,6 +85,7 @@ class Model:
     family: Family
     interventions: tuple[Intervention, ...] = ()
     remat: bool = False
+    generation_config: GenerationConfig | None = None
 
     # --- calling
 
@@ -146,7 +151,7 @@ class Model:
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs, in order."""
-        return _input_names(self.architecture.inputs or self.family.inputs)
+        return _input_names(self.architecture.inputs or self.family.inputs, self.architecture.apply)
 
     def run(
         self,
@@ -172,9 +177,10 @@ class Model:
             output_attentions = self.config.output_attentions
         on = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = tuple(name for name, switch in on.items() if switch)
-        leaves = jax.tree.leaves((self, arrays, key, factors))
+        called = self if self.generation_config is None else replace(self, generation_config=None)
+        leaves = jax.tree.leaves((called, arrays, key, factors))
         placing = mesh.of_arrays(leaves)  # tracers do not tell: inside a trace it is the caller's to say
-        arguments = (self, arrays, key, factors, tuple(static.items()), wanted, patterns, optional, placing)
+        arguments = (called, arrays, key, factors, tuple(static.items()), wanted, patterns, optional, placing)
         traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         out, seen = _forward(*arguments) if traced else _compiled_forward(*arguments)
         return out, dict(seen)
@@ -196,7 +202,7 @@ class Model:
                 near = difflib.get_close_matches(name, known, n=2)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(known)}"
                 raise TypeError(f"{self.architecture.name} takes no input {name!r}; {hint}")
-            if isinstance(value, bool | str) and name not in TABLES:
+            if (isinstance(value, bool | str) and name not in TABLES) or (name == "logits_to_keep" and type(value) is int):
                 static[name] = value
             elif _is_on_host(value):
                 arrays[name] = jnp.asarray(_checked(self, name, value))
@@ -217,6 +223,33 @@ class Model:
         if cache is None:
             raise TypeError(f"{self.architecture.name} does not decode step by step, so it has no cache")
         return cache
+
+    # --- writing
+
+    def generate(self, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any) -> Any:
+        """Writes a text, or several; `formax.generation.generate` has the arguments.
+
+            ids = model.generate(input_ids=ids, max_new_tokens=64)
+        """
+        from formax.generation import generate
+
+        return generate(self, inputs, generation_config, **arguments)
+
+    def stream(
+        self, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    ) -> Iterator[np.ndarray]:
+        """Writes a text and hands out every token as soon as it is there; `formax.generation.stream` has more."""
+        from formax.generation import stream
+
+        return stream(self, inputs, generation_config, **arguments)
+
+    def compute_transition_scores(
+        self, sequences: Any, scores: Sequence[Any], beam_indices: Any = None, normalize_logits: bool = False
+    ) -> jax.Array:
+        """Of every new token the score that it was chosen by; see `formax.generation.transition_scores`."""
+        from formax.generation import transition_scores
+
+        return transition_scores(sequences, scores, beam_indices, normalize=normalize_logits)
 
     # --- changing
 
@@ -370,7 +403,9 @@ class Model:
 
 
 jax.tree_util.register_dataclass(
-    Model, data_fields=["params"], meta_fields=["config", "architecture", "family", "interventions", "remat"]
+    Model,
+    data_fields=["params"],
+    meta_fields=["config", "architecture", "family", "interventions", "remat", "generation_config"],
 )
 
 
@@ -459,10 +494,10 @@ def _as_architecture(architecture: Architecture, method: str) -> Architecture:
 
 
 @lru_cache(maxsize=512)
-def _input_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """What a forward function takes beside its parameters, its configuration and its key."""
-    names = list(inspect.signature(function).parameters)[2:]
-    return tuple(name for name in names if name != "key")
+def _input_names(function: Callable[..., Any], apply: Callable[..., Any]) -> tuple[str, ...]:
+    """What a forward function takes beside its parameters, its configuration and its key, and what its head takes."""
+    names = [name for name in list(inspect.signature(function).parameters)[2:] if name != "key"]
+    return (*names, *(("logits_to_keep",) if "logits_to_keep" in inspect.signature(apply).parameters else ()))
 
 
 def _is_on_host(value: Any) -> bool:

@@ -41,13 +41,16 @@ def save(model: Model, directory: Path, max_shard_size: int | str, format: str =
         architectures=(model.architecture.name,), dtype=dtypes.pop() if len(dtypes) == 1 else model.config.dtype
     )
     text = json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    files = {"config.json": text.encode()}
+    if model.generation_config is not None and not model.generation_config._from_model_config:
+        files["generation_config.json"] = model.generation_config.to_json_string().encode()
     directory = directory.expanduser()
     written = write_checkpoint(
         directory,
         tensors,
         fetch,
         max_shard_size=max_shard_size,
-        files={"config.json": text.encode()},
+        files=files,
         framework=format,
         keras=keras,
     )

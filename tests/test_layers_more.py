@@ -13,7 +13,7 @@ from formax.core import spec as specs
 from formax.core.config import ConfigError, check_multiple, config
 from formax.core.outputs import Seq2SeqOutput
 from formax.layers import maps, norm, seq2seq, seq2seq_heads, speech, speech_heads
-from formax.layers.attention import KVCache
+from formax.layers.attention import KVCache, causal_mask
 from formax.layers.backbone import BackboneConfig
 from formax.layers.spec_augment import drawn_spans
 from formax.layers.speech import AdaptedSpeechConfig, SpeechConfig
@@ -373,10 +373,10 @@ def test_states_at_the_last_end_of_text() -> None:
 
 def test_a_decoder_sees_what_was_before() -> None:
     padding = jnp.array([[0, 1, 1], [1, 1, 1]])
-    mask = seq2seq.decoder_mask(padding, None)
+    mask = causal_mask(padding, None)
     assert (mask.causal, mask.q_offset) == (True, 0)
     held = KVCache.empty(2, 6, 1, 4).append(jnp.ones((2, 2, 1, 4)), jnp.ones((2, 2, 1, 4)))
-    mask = seq2seq.decoder_mask(padding, ({"attn": held, "cross": None},))
+    mask = causal_mask(padding, ({"attn": held, "cross": None},))
     assert mask.q_offset == 2
     seen = mask.materialise(1, 6)
     assert seen is not None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from formax.layers.attention.bias import Bias
 from formax.layers.attention.mask import Mask
 from formax.layers.attention.problem import problem
 from formax.layers.linear import linear, linear_spec
+
+if TYPE_CHECKING:
+    from formax.layers.attention.cache import KVCache
 
 
 def attention(
@@ -60,39 +63,6 @@ def attention(
     """
     given = problem(q, k, v, mask=mask, bias=bias, scale=scale, softcap=softcap, sinks=sinks, dropout=dropout, key=key)
     return backends.run(given, backend)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values seen so far, in buffers of fixed length: `k`, `v` [B, S, K, D], `length` filled positions."""
-
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
-
-    @staticmethod
-    def empty(batch: int, length: int, heads: int, head_dim: int, dtype: Any = jnp.float32) -> KVCache:
-        """A cache with room for `length` positions."""
-        shape = (batch, length, heads, head_dim)
-        # Two arrays, not one twice: a buffer cannot be donated twice.
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
-
-    def append(self, k: jax.Array, v: jax.Array) -> KVCache:
-        """The cache with [B, T, K, D] more keys and values after the filled ones.
-
-        The caller sees to it that they fit: `length` is known only when the program runs, where nothing can be raised,
-        and positions too many would overwrite the last ones.
-
-        Raises:
-            ValueError: more positions than the whole buffer has.
-        """
-        if k.shape[1] > self.k.shape[1]:
-            raise ValueError(f"{k.shape[1]} positions do not fit into a cache of {self.k.shape[1]}")
-        start = (0, self.length, 0, 0)
-        new_k = jax.lax.dynamic_update_slice(self.k, k.astype(self.k.dtype), start)
-        new_v = jax.lax.dynamic_update_slice(self.v, v.astype(self.v.dtype), start)
-        return KVCache(new_k, new_v, self.length + k.shape[1])
 
 
 def attention_spec(
@@ -162,12 +132,11 @@ def self_attention(
         if rotate is not None:
             q, k = rotate(q), rotate(k)
         q, k, v = tap.tap("q", q), tap.tap("k", k), tap.tap("v", v)
+        how: dict[str, Any] = {"mask": mask, "scale": scale, "dropout": dropout, "key": key}
         if cache is not None:
-            cache = cache.append(k, v)
-            k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
-        if callable(bias):
-            bias = bias(q, k)
-        out = attention(q, k, v, mask=mask, bias=bias, scale=scale, dropout=dropout, key=key)
+            out, cache = cache.attend(q, k, v, bias=bias, **how)
+        else:
+            out = attention(q, k, v, bias=bias(q, k) if callable(bias) else bias, **how)
         return tap.tap("out", linear(p["o"], merge_heads(out))), cache
 
 
@@ -194,7 +163,8 @@ def cross_attention(
         if memory is not None:
             k, v = (tap.tap(part, split_heads(linear(p[part], memory), head_dim)) for part in ("k", "v"))
             if cache is not None:
-                cache = KVCache(k.astype(cache.k.dtype), v.astype(cache.v.dtype), jnp.asarray(k.shape[1], jnp.int32))
+                filled = jnp.asarray(k.shape[1], jnp.int32)
+                cache = replace(cache, k=k.astype(cache.k.dtype), v=v.astype(cache.v.dtype), length=filled)
         elif cache is not None:
             k, v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         else:

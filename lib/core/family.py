@@ -10,6 +10,18 @@ from formax.core.config import Config
 from formax.core.spec import Spec, table
 
 
+# Tasks of architectures whose scores are of a next token.
+WRITING = (
+    "ForCausalLM",
+    "ForSeq2SeqLM",
+    "ForSpeechSeq2Seq",
+    "ForVision2Seq",
+    "ForImageTextToText",
+    "ForTextToWaveform",
+    "ForTextToSpectrogram",
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Architecture:
     """A model class of the reference: what exists, what is computed, and which Auto class finds it.
@@ -37,6 +49,11 @@ class Architecture:
     inputs: Callable[..., Any] | None = None
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     collected: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+
+    @property
+    def writes(self) -> bool:
+        """Whether its `logits` are of a next token, so that it can generate."""
+        return self.task in WRITING
 
 
 @dataclass(frozen=True)

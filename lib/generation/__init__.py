@@ -1,11 +1,13 @@
 """Generation: its settings, what is done to scores before a token is chosen, and when it stops."""
 
+from formax.generation.api import generate, stream
 from formax.generation.config import (
     GenerationConfig,
     GenerationMode,
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
+from formax.generation.outputs import transition_scores
 from formax.generation.processors import processors_of, then
 from formax.generation.state import Rule, Tokens
 from formax.generation.stopping import MaxTime, any_of, criteria_of, stop_strings
@@ -24,7 +26,10 @@ __all__ = [
     "WatermarkingConfig",
     "any_of",
     "criteria_of",
+    "generate",
     "processors_of",
     "stop_strings",
+    "stream",
     "then",
+    "transition_scores",
 ]

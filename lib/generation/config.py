@@ -517,6 +517,10 @@ class GenerationConfig:
             if key not in default or key == "transformers_version" or value != default[key]
         }
 
+    def to_json_string(self) -> str:
+        """The text of a generation_config.json."""
+        return json.dumps(self.to_diff_dict(), indent=2, sort_keys=True) + "\n"
+
     def save_pretrained(self, save_directory: str | Path, config_file_name: str = FILE) -> str:
         """Writes the file that transformers would write, and returns its path.
 
@@ -527,7 +531,7 @@ class GenerationConfig:
         from formax.conversion.atomic import Staging
 
         self.check(strict=True)
-        content = json.dumps(self.to_diff_dict(), indent=2, sort_keys=True) + "\n"
+        content = self.to_json_string()
         with Staging(Path(save_directory)) as staging:
             with staging.open(config_file_name) as write:
                 write(content.encode())

@@ -18,11 +18,11 @@ from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, constant, fold, normal, optional, stack_of
 from formax.layers import embed, heads, norm, seq2seq_heads, speech, transformer
 from formax.layers.activations import activation
-from formax.layers.attention import Mask
+from formax.layers.attention import Mask, causal_mask
 from formax.layers.conv import channels_last, conv, conv_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.seq2seq import decoder_mask, memory_of, states_of
+from formax.layers.seq2seq import memory_of, states_of
 from formax.layers.spec_augment import SpecAugmentConfig, augment
 from formax.layers.transformer import TransformerConfig, pre_norm
 
@@ -147,11 +147,11 @@ def decode(
     embed.check_inputs(input_ids, inputs_embeds, c.max_target_positions, "decoder_" if "encoder" in p else "")
     k_embed, k_layers = split(key, 2)
     memory = None if encoder_outputs is None else states_of(encoder_outputs)
-    mask = decoder_mask(attention_mask, cache)
+    mask = causal_mask(attention_mask, cache)
     with tap.scope("decoder"):
         with tap.scope("embed"):
             x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
-            positions = mask.q_offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
+            positions = embed.positions(mask.q_offset, x) if position_ids is None else position_ids
             x = x + embed.embed(p["decoder"]["embed"]["position"], positions)
             x = tap.tap("out", dropout(x, c.dropout, k_embed))
         return transformer.decoder_layers(p, c, x, mask, memory, Mask(), cache, k_layers, pre_norm)

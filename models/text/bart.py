@@ -69,7 +69,7 @@ def embeddings(p: Any, c: BartConfig, part: str, ids: Any, vectors: Any, offset:
     own = p[part]["embed"]
     with tap.scope("embed"):
         x = transformer.words(p, c, part, ids, vectors, c.max_position_embeddings)
-        x = x + embed.embed(own["position"], OFFSET + offset + jnp.arange(x.shape[1])[None])
+        x = x + embed.embed(own["position"], OFFSET + embed.positions(offset, x))
         return tap.tap("out", dropout(norm.layer(own["norm"], x, EPS), c.dropout, key))
 
 

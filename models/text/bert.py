@@ -19,11 +19,10 @@ from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, optional, stack_of
 from formax.layers import embed, heads, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
-from formax.layers.attention import attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import attention_spec, causal_mask, cross_attention, from_attention_mask, self_attention
 from formax.layers.attention.bias import relative_key_bias, relative_key_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.seq2seq import decoder_mask
 
 
 @config
@@ -135,7 +134,7 @@ def embeddings(p: Any, c: BertConfig, ids: Any, types: Any, positions: Any, vect
         x = embed.embed(p["word"], ids) if vectors is None else vectors
         x = x + embed.embed(p["token_type"], jnp.zeros((1, 1), jnp.int32) if types is None else types)
         if c.position_embedding_type == "absolute":
-            positions = offset + jnp.arange(x.shape[1])[None] if positions is None else positions
+            positions = embed.positions(offset, x) if positions is None else positions
             x = x + embed.embed(p["position"], positions)
         return tap.tap("out", dropout(norm.layer(p["norm"], x, c.layer_norm_eps), c.hidden_dropout_prob, key))
 
@@ -158,7 +157,7 @@ def encode(
     if cache is not None and not c.is_decoder:
         raise ValueError("a cache needs is_decoder=True: an encoder's states change with every token that follows")
     k_embed, k_layers = split(key, 2)
-    mask = decoder_mask(attention_mask, cache) if c.is_decoder else from_attention_mask(attention_mask)
+    mask = causal_mask(attention_mask, cache) if c.is_decoder else from_attention_mask(attention_mask)
     x = embeddings(p["embed"], c, input_ids, token_type_ids, position_ids, inputs_embeds, mask.q_offset, k_embed)
     cross_mask = from_attention_mask(encoder_attention_mask)
 

@@ -20,10 +20,9 @@ from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, stack_of
 from formax.layers import embed, heads, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
-from formax.layers.attention import cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import causal_mask, cross_attention, from_attention_mask, self_attention
 from formax.layers.dropout import dropout
 from formax.layers.linear import fused_spec, linear_spec
-from formax.layers.seq2seq import decoder_mask
 
 
 @config
@@ -165,10 +164,10 @@ def decode(
     """Embeddings, all layers and the last norm: ids [B, T] -> (states [B, T, E], cache)."""
     embed.check_inputs(input_ids, inputs_embeds, c.n_positions)
     k_embed, k_layers = split(key, 2)
-    mask, cross_mask = decoder_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
+    mask, cross_mask = causal_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
     with tap.scope("embed"):
         x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
-        positions = mask.q_offset + jnp.arange(x.shape[1])[None] if position_ids is None else position_ids
+        positions = embed.positions(mask.q_offset, x) if position_ids is None else position_ids
         x = x + embed.embed(p["embed"]["position"], positions)
         if token_type_ids is not None:  # speakers are words here
             x = x + embed.embed(p["embed"]["word"], token_type_ids)

@@ -18,11 +18,10 @@ from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, Tied, fold, normal, optional, stack_of
 from formax.layers import embed, heads, mlp, norm, seq2seq, seq2seq_heads
 from formax.layers.activations import check_activation
-from formax.layers.attention import Bucketed, attention_spec, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import Bucketed, attention_spec, causal_mask, cross_attention, from_attention_mask, self_attention
 from formax.layers.attention.bias import bucketed_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear_spec
-from formax.layers.seq2seq import decoder_mask
 
 
 @config
@@ -194,7 +193,7 @@ def decode(
 ) -> Any:
     """The decoder: ids [B, T] and the encoder's states [B, S, E] -> (states [B, T, E], cache)."""
     embed.check_inputs(input_ids, inputs_embeds, None, "decoder_")
-    mask, memory_mask = decoder_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
+    mask, memory_mask = causal_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
     with tap.scope("decoder"):
         x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
         return run_stack(p["decoder"], c, x, mask, encoder_hidden_states, memory_mask, cache, key)

@@ -10,7 +10,7 @@ missing within a plausible tolerance. Here every kernel keeps the size of its in
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,21 @@ def tensor(name: str, shape: Sequence[int], dtype: npt.DTypeLike = np.float32) -
         raise ValueError(f"{name}: weights of dtype {kind} cannot be made up; give their values in the family's case")
     n = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
     return np.asarray(_scaled(name, n), kind)  # also of a scalar, of which arithmetic makes no array
+
+
+def scaled(keys: Mapping[str, Any], scale: Iterable[tuple[str, float]]) -> dict[str, npt.NDArray[Any]]:
+    """Returns the tensors of a checkpoint whose parts are larger or smaller than usual.
+
+    Args:
+        keys: {name: (shape, dtype)} of its tensors.
+        scale: (pattern, factor): how many times larger those are whose names have a match. Factors multiply.
+    """
+    tensors = {name: tensor(name, shape, dtype) for name, (shape, dtype) in keys.items()}
+    for pattern, factor in scale:
+        for name in tensors:
+            if re.search(pattern, name):
+                tensors[name] = tensors[name] * tensors[name].dtype.type(factor)
+    return tensors
 
 
 def _scaled(name: str, n: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

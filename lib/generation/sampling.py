@@ -1,0 +1,206 @@
+"""Greedy search and sampling: one token a row and step, all steps in one compiled loop.
+
+`begin` reads the prompt and chooses the first token, `go` chooses the following ones until a column. Between calls of
+`go` nothing is compiled and nothing is lost, so a stream of tokens is the same program as a whole text.
+
+B rows, L columns of the buffer, N steps of the record, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from formax.generation import state
+from formax.generation.decoding import Context, Feed, Prompt, prefill, read
+from formax.generation.dola import contrast
+from formax.generation.state import Rule, Tokens
+from formax.model import Model
+
+
+@dataclass(frozen=True)
+class How:
+    """What is part of the program.
+
+    Attributes:
+        feed: how the model is given tokens.
+        room: columns of the buffer.
+        steps: most new tokens that a record has room for.
+        count: columns of the prompt that are read.
+        samples: draw tokens, instead of taking the likeliest.
+        pads: rows that have ended go on with padding; where no token ends a text they go on with words.
+        keeps: of "scores", "logits" and the names of `decoding.SEEN`, what is recorded.
+        branches: texts for each prompt.
+        negative: of the prompt for guidance, how it is given, columns of its buffer, and columns that are read.
+        layers: of DoLa, the candidates that the last layer is contrasted with.
+    """
+
+    feed: Feed
+    room: int
+    steps: int
+    count: int
+    samples: bool = False
+    pads: bool = True
+    keeps: tuple[str, ...] = ()
+    branches: int = 1
+    negative: tuple[Feed, int, int] | None = None
+    layers: tuple[int, ...] = ()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["process", "criteria", "pad"], meta_fields=[])
+@dataclass(frozen=True)
+class Rules:
+    """What is done to scores, when a text ends, and what follows the end. Their strengths are no part of a program."""
+
+    process: Rule
+    criteria: Rule
+    pad: Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "context", "done", "key", "record", "negative"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class Texts:
+    """Texts that are being written.
+
+    Attributes:
+        tokens: the texts so far.
+        context: what the model knows of all but their last token.
+        done: bool [B], which of them have ended.
+        key: random key for the tokens to come; None if nothing is drawn.
+        record: what is kept of every step, arrays [N, ...].
+        negative: the texts after the prompt for guidance, and what is known of them.
+    """
+
+    tokens: Tokens
+    context: Context
+    done: Array
+    key: Array | None
+    record: dict[str, Any]
+    negative: tuple[Tokens, Context] | None = None
+
+
+@partial(jax.jit, static_argnames=("how",))
+def begin(
+    model: Model, prompt: Prompt, rules: Rules, key: Array | None, negative: Prompt | None = None, *, how: How
+) -> tuple[Texts, dict[str, Any]]:
+    """Reads the prompt and chooses the first token: the texts, and what was seen of the prompt."""
+    logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
+    rows = jnp.repeat(jnp.arange(len(logits)), how.branches)
+    tokens, context, logits = replace(tokens, ids=tokens.ids[rows]), context.repeat(len(logits), how.branches), logits[rows]
+    texts = Texts(tokens, context, jnp.zeros(len(rows), bool), key, {})
+    other = None
+    if negative is not None and how.negative is not None:
+        other, its, known, _ = prefill(model, how.negative[0], negative, *how.negative[1:])
+        its = replace(its, ids=its.ids[rows])
+        texts, other = replace(texts, negative=(its, known.repeat(len(other), how.branches))), other[rows]
+    record = empty_record(model, how.feed, texts.context, texts.tokens, logits, how.steps, how.keeps)
+    texts = replace(texts, record=record)
+    last = prompt.length - 1 - (prompt.start if how.feed.cached else 0)
+    states = tuple(x[:, last][rows] for x in seen.get("hidden_states", ()))
+    return choose(model, texts, logits, rules, how, other, states), seen
+
+
+@partial(jax.jit, static_argnames=("how",), donate_argnames=("texts",))
+def go(model: Model, texts: Texts, rules: Rules, until: Array, *, how: How) -> tuple[Texts, Array, Array]:
+    """Writes on until the column `until`, or until all texts have ended.
+
+    Returns:
+        The texts, whether all have ended, and their last tokens [B].
+    """
+
+    def unfinished(texts: Texts) -> Array:
+        return ~texts.done.all() & (texts.tokens.length < until)
+
+    texts = jax.lax.while_loop(unfinished, lambda texts: step(model, texts, rules, how), texts)
+    return texts, texts.done.all(), texts.tokens.last(1)[:, 0]
+
+
+def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
+    """Reads the last token of every text and chooses the next."""
+    logits, context, seen = read_last(model, how.feed, texts.context, texts.tokens)
+    texts = replace(texts, context=context, record=noted(texts.record, seen, texts.tokens))
+    other = None
+    if texts.negative is not None and how.negative is not None:
+        its, known = texts.negative
+        other, known, _ = read_last(model, how.negative[0], known, its)
+        texts = replace(texts, negative=(its, known))
+    states = tuple(x[:, -1] for x in seen.get("hidden_states", ()))
+    return choose(model, texts, logits, rules, how, other, states)
+
+
+def choose(
+    model: Model,
+    texts: Texts,
+    logits: Array,
+    rules: Rules,
+    how: How,
+    other: Array | None = None,
+    states: tuple[Array, ...] = (),
+) -> Texts:
+    """Writes the next token of every text.
+
+    Args:
+        model: the model.
+        texts: the texts.
+        logits: scores of the model [B, V].
+        rules: what is done to them.
+        how: the rest.
+        other: the scores without the prompt, for guidance.
+        states: of all layers [B, E], for DoLa.
+    """
+    scores = contrast(model, how.feed, how.layers, logits, states) if how.layers else logits
+    scores = rules.process(texts.tokens, scores, **({} if other is None else {"unconditional": other}))
+    texts = replace(texts, record=noted(texts.record, {"scores": scores, "logits": logits}, texts.tokens))
+    key = texts.key
+    if how.samples:
+        key, own = jax.random.split(key)
+        chosen = jax.random.categorical(own, scores).astype(jnp.int32)
+    else:
+        chosen = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    if how.pads:
+        chosen = jnp.where(texts.done, rules.pad, chosen)
+    tokens = written(texts.tokens, chosen)
+    negative = texts.negative and (written(texts.negative[0], chosen), texts.negative[1])
+    return replace(
+        texts, tokens=tokens, done=texts.done | rules.criteria(tokens, scores), key=key, negative=negative
+    )
+
+
+def written(tokens: Tokens, chosen: Array) -> Tokens:
+    """The texts with one token [B] more."""
+    ids = jax.lax.dynamic_update_slice_in_dim(tokens.ids, chosen[:, None], tokens.length, axis=1)
+    return state.replace(tokens, ids=ids, length=tokens.length + 1)
+
+
+def read_last(
+    model: Model, feed: Feed, context: Context, tokens: Tokens
+) -> tuple[Array, Context, dict[str, Any]]:
+    """Reads the last token of every text: scores of the next [B, V], what is known then, what else was asked for."""
+    logits, context, seen = read(model, feed, context, tokens, tokens.length - 1, 1)
+    return logits[:, 0], context, seen
+
+
+def empty_record(
+    model: Model, feed: Feed, context: Context, tokens: Tokens, logits: Array, steps: int, keeps: tuple[str, ...]
+) -> dict[str, Any]:
+    """A record without entries, with room for so many steps."""
+    one: dict[str, Any] = {"scores": logits, "logits": logits}
+    if feed.seen:
+        one |= jax.eval_shape(lambda: read_last(model, feed, context, tokens)[2])
+    kept = {name: one[name] for name in keeps if name in one}
+    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), kept)
+
+
+def noted(record: dict[str, Any], entries: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
+    """The record with what it has of these entries, at the step that writes the next token."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=tokens.new(), axis=0)
+    return {name: jax.tree.map(put, held, entries[name]) if name in entries else held for name, held in record.items()}
