@@ -16,10 +16,10 @@ from formax.generation.watermark import SynthIDDetector, WatermarkDetector, Wate
 
 __all__ = [
     "DisjunctiveConstraint",
-    "PhrasalConstraint",
     "GenerationConfig",
     "GenerationMode",
     "MaxTime",
+    "PhrasalConstraint",
     "Rule",
     "SynthIDDetector",
     "SynthIDTextWatermarkingConfig",

@@ -17,13 +17,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from formax.generation import sampling, state
+from formax.generation.answer import answer, to_the_end, without_guidance
+from formax.generation.config import GenerationConfig
 from formax.generation.decoding import Context, Feed, Prompt, prefill, read
 from formax.generation.sampling import Rules, noted, read_last, written
 from formax.generation.state import Tokens
-from formax.model import Model
+from formax.generation.task import Task, task_of
+from formax.model import HEAD_MASKS, Model
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,11 @@ class _Guessed:
     key: Array | None
 
 
-def _guess(
-    assistant: Model | None, texts: Texts, rules: Rules, threshold: Array, most: Array, how: How
-) -> _Guessed:
+def _guess(assistant: Model | None, texts: Texts, rules: Rules, threshold: Array, most: Array, how: How) -> _Guessed:
     if assistant is None or texts.draft is None or how.draft is None:
         ids, count = lookup(texts.tokens, how.guesses, how.ngram)
         return _Guessed(ids, jnp.minimum(count, most), None, None, texts.key)
-    feed, rows = how.draft[0], len(texts.done)
+    feed, known, rows = how.draft[0], texts.draft, len(texts.done)
     first = texts.tokens.length
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -151,14 +153,14 @@ def _guess(
     def goes_on(carry: tuple[Any, ...]) -> Array:
         return (carry[0].length - first < most) & carry[-1]
 
-    size = jax.eval_shape(lambda: read_last(assistant, feed, texts.draft, texts.tokens)[0]).shape[-1]
+    size = jax.eval_shape(lambda: read_last(assistant, feed, known, texts.tokens)[0]).shape[-1]
     scores = jnp.zeros((how.guesses if how.samples else 0, rows, size))
-    start = (texts.tokens, texts.draft, texts.key, scores, jnp.ones((), bool))
+    start = (texts.tokens, known, texts.key, scores, jnp.ones((), bool))
     tokens, context, key, scores, _ = jax.lax.while_loop(goes_on, step, start)
     # It has not read its last guess, and will have to if that is right.
     _, context, _ = read_last(assistant, feed, context, tokens)
     ids = jax.lax.dynamic_slice_in_dim(tokens.ids, first, how.guesses, axis=1)
-    return _Guessed(ids, tokens.length - first, scores if how.samples else None, context, key)
+    return _Guessed(ids, jnp.asarray(tokens.length - first), scores if how.samples else None, context, key)
 
 
 def lookup(tokens: Tokens, guesses: int, ngram: int) -> tuple[Array, Array]:
@@ -206,9 +208,10 @@ def _judge(model: Model, texts: Texts, rules: Rules, guessed: _Guessed, how: How
 
     def write(carry: tuple[Array, Texts]) -> tuple[Array, Texts]:
         i, texts = carry
-        entries = {"scores": scores[i], "logits": logits[i]}
-        entries |= {name: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, _axis(name)), value)
-                    for name, value in seen.items()}  # fmt: skip
+        entries: dict[str, Any] = {"scores": scores[i], "logits": logits[i]}
+        for name, value in seen.items():
+            at = partial(jax.lax.dynamic_slice_in_dim, start_index=i, slice_size=1, axis=_axis(name))
+            entries[name] = jax.tree.map(at, value)
         record = noted(texts.record, entries, texts.tokens)
         # Rows whose guess at this place is right take it, also where others' is not.
         own = jnp.where((i < right) & (i < g), guessed.ids[:, jnp.minimum(i, g - 1)], chosen[:, i])
@@ -256,3 +259,101 @@ def _axis(name: str) -> int:
 
 def _plain(how: How) -> sampling.How:
     return sampling.How(**{name: getattr(how, name) for name in sampling.How.__dataclass_fields__})
+
+
+def write(task: Task, key: Array | None, assistant: Model | None, given: dict[str, Any], streamer: Any) -> Any:
+    """Assisted generation, from the prompt to what `generate` returns.
+
+    Args:
+        task: what is generated.
+        key: random key, if anything is drawn.
+        assistant: the model that proposes tokens; None for this one's lower layers, or the text itself.
+        given: arguments of `task_of` that say what is read.
+        streamer: as in `generate`.
+
+    Raises:
+        ValueError: settings that do not go together, or an assistant that cannot propose tokens to this model.
+    """
+    c = task.config
+    without_guidance(task)
+    if task.layers or c.num_return_sequences > 1:
+        raise ValueError("assisted generation writes one text for every input, without dola_layers")
+    if not task.rewinds:
+        raise ValueError(f"{task.model.architecture.name} cannot take back tokens that were wrong: no cache can")
+    its, other = c, None
+    if assistant is None and c.assistant_early_exit is not None:
+        other = _its_task(task, lower_layers(task.model, c.assistant_early_exit), given)
+    elif assistant is not None:
+        check_assistant(task.model, assistant)
+        its, other = assistant.generation_config or GenerationConfig(), _its_task(task, assistant, given)
+    guesses = max(int((c.prompt_lookup_num_tokens if other is None else its.num_assistant_tokens) or 0), 1)
+    grows = other is not None and its.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient")
+    most = min(2 * guesses if grows else guesses, max(task.most - 1, 1))
+    how = How(
+        **{**vars(sampling.how_of(task)), "room": task.room + most + 1},
+        guesses=most,
+        draft=None if other is None else (other.feed, other.count),
+        grows=grows,
+        ngram=c.max_matching_ngram_size or 2,
+    )
+    rules, sure = sampling.rules_of(task), jnp.float32(its.assistant_confidence_threshold or 0.0)
+    draft, its_prompt = (None, None) if other is None else (other.model, other.prompt)
+    number = jnp.int32(min(guesses, most))
+    texts, seen = begin(task.model, task.prompt, rules, key, draft, its_prompt, number, how=how)
+
+    def on(texts: Texts, until: Array) -> tuple[Texts, Array]:
+        return go(task.model, draft, texts, rules, sure, until, how=how)
+
+    if streamer is None:
+        return answer(task, to_the_end(task, on, texts), seen)
+    streamer.put(task.shown)
+    at = int(task.prompt.length)
+    end, over = at + task.most, False
+    while not over:
+        length = int(texts.tokens.length)
+        for column in range(at, length):
+            streamer.put(np.asarray(texts.tokens.ids[:, column]))
+        at, over = length, bool(texts.done.all()) or length >= end or task.late()
+        if not over:
+            texts, _ = on(texts, jnp.int32(min(length + 1 + most, end)))
+    streamer.end()
+    return answer(task, texts, seen)
+
+
+def _its_task(task: Task, assistant: Model, given: dict[str, Any]) -> Task:
+    """The same task for the assistant."""
+    names = ("max_new_tokens", "decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+    own = {name: x for name, x in given["given"].items() if name in set(assistant.input_names) | set(HEAD_MASKS)}
+    settings = {name: getattr(task.config, name) for name in names}
+    other = task_of(assistant, given["inputs"], GenerationConfig(), use_model_defaults=False, given=own | settings)
+    if not other.rewinds or other.prompt.ids.shape != task.prompt.ids.shape:
+        raise ValueError(f"{assistant.architecture.name} reads this prompt in another way, so it cannot assist")
+    return other
+
+
+def check_assistant(model: Model, assistant: Model) -> None:
+    """Raises ValueError for a model that cannot propose tokens to this one."""
+    sizes = [getattr(one.config, "vocab_size", None) for one in (model, assistant)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the assistant has a vocabulary of {sizes[1]}, the model one of {sizes[0]}: they must be the same tokens"
+        )
+    if model.input_names[0] != assistant.input_names[0] or ("decoder_input_ids" in model.input_names) != (
+        "decoder_input_ids" in assistant.input_names
+    ):
+        raise ValueError(f"{assistant.architecture.name} takes other inputs than {model.architecture.name}")
+
+
+def lower_layers(model: Model, count: int) -> Model:
+    """The model without its upper layers (Elhoushi et al. 2024, arXiv:2404.16710); it shares all arrays.
+
+    Raises:
+        ValueError: it has no stack of layers, or not so many.
+    """
+    layers = model.params.get("layers")
+    inner = next((name for name, part in model.params.items() if isinstance(part, dict) and "layers" in part), None)
+    if not isinstance(layers, tuple) or not 0 < count < len(layers):
+        have = len(layers) if isinstance(layers, tuple) else f"none at the top of its tree ({inner or 'no stack'})"
+        raise ValueError(f"assistant_early_exit={count} must be below the number of layers, {have}")
+    config = model.config.replace(num_hidden_layers=count)
+    return model.replace(params={**model.params, "layers": layers[:count]}, config=config)

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from formax.generation import state
+from formax.generation.answer import beam_answer, to_the_end, without_guidance
 from formax.generation.decoding import Context, Feed, Prompt, prefill
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Rule, Tokens
+from formax.generation.task import Task
 from formax.model import Model
 
 # A score that every real one is better than.
@@ -135,9 +137,7 @@ class Beams:
 
 
 @partial(jax.jit, static_argnames=("how",))
-def begin(
-    model: Model, prompt: Prompt, rules: Rules, key: Array | None, *, how: How
-) -> tuple[Beams, dict[str, Any]]:
+def begin(model: Model, prompt: Prompt, rules: Rules, key: Array | None, *, how: How) -> tuple[Beams, dict[str, Any]]:
     """Reads the prompt, once for all beams, and takes the first step: the search, and what was seen of the prompt."""
     logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
     inputs, k = len(logits), how.beams
@@ -188,7 +188,7 @@ def choose(beams: Beams, logits: Array, rules: Rules, how: How) -> Beams:
     record = noted(beams.record, {"scores": scores, "logits": logits}, before)
     sums = (scores.reshape(inputs, k, -1) + beams.running.scores[..., None]).reshape(inputs, -1)
     key, picked = beams.key, sums
-    if how.samples:  # without replacement, which the largest of perturbed logarithms are
+    if how.samples and key is not None:  # without replacement, which the largest of perturbed logarithms are
         key, own = jax.random.split(key)
         picked = jax.nn.log_softmax(sums, axis=-1) + jax.random.gumbel(own, sums.shape)
     places = jax.lax.top_k(picked, how.candidates)[1]
@@ -239,3 +239,35 @@ def can_improve(running: Some, aside: Some, new: Array, rules: Rules, how: How) 
     best = running.scores[:, :1] / length.astype(jnp.float32) ** rules.length_penalty
     worst = jnp.where(aside.ended, aside.scores.min(-1, keepdims=True), NEVER)
     return (best > worst).any(-1, keepdims=True)
+
+
+def write(task: Task, key: Array | None) -> Any:
+    """Beam search, from the prompt to what `generate` returns."""
+    without_guidance(task)
+    c, ends = task.config, task.config.eos_token_ids
+    how = How(
+        feed=task.feed,
+        room=task.room,
+        steps=task.steps,
+        count=task.count,
+        keeps=task.keeps,
+        beams=c.num_beams,
+        candidates=max(2, 1 + len(ends)) * c.num_beams,
+        samples=bool(c.do_sample),
+        early=c.early_stopping,
+    )
+    # The reference's: a padding token 0 does not count as one.
+    rules = rules_of(task, (c.pad_token_id or ends[0]) if ends else -1)
+    beams, seen = begin(task.model, task.prompt, rules, key, how=how)
+    beams = to_the_end(task, lambda beams, until: go(task.model, beams, rules, until, how=how), beams)
+    best = jax.tree.map(lambda x: x[:, : c.num_return_sequences].reshape(-1, *x.shape[2:]), beams.aside)
+    start, steps = int(task.prompt.length), int((best.parents >= 0).sum(-1).max())
+    shown = jnp.repeat(jnp.asarray(task.shown), c.num_return_sequences, axis=0)
+    sequences = jnp.concatenate([shown, best.ids[:, start : start + steps]], axis=1)
+    return beam_answer(task, beams, seen, sequences, best.scores, best.parents)
+
+
+def rules_of(task: Task, fill: int) -> Rules:
+    """What is no part of the program; `fill` is the token in columns after the end."""
+    power = 1.0 if task.config.length_penalty is None else task.config.length_penalty
+    return Rules(task.process, task.criteria, jnp.int32(fill), jnp.float32(power), jnp.int32(task.most))

@@ -17,9 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from formax.generation import sampling
+from formax.generation.answer import answer, to_the_end, without_guidance
 from formax.generation.decoding import Context, Prompt, prefill
 from formax.generation.sampling import empty_record, noted, read_last, written
 from formax.generation.state import Tokens
+from formax.generation.task import Task
 from formax.model import Model
 
 # The field whose last entry is the state that scores are made of.
@@ -84,9 +86,7 @@ def begin(model: Model, prompt: Prompt, *, how: How) -> tuple[Texts, dict[str, A
     one: dict[str, Any] = {"scores": logits, "logits": logits}
     record = empty_record(model, how.feed, context, several, logits, how.steps + 1, how.keeps)
     # Of the candidates' record only the one that is taken is kept.
-    record = {
-        name: held if name in one else jax.tree.map(lambda x: x[:, ::k], held) for name, held in record.items()
-    }
+    record = {name: held if name in one else jax.tree.map(lambda x: x[:, ::k], held) for name, held in record.items()}
     return Texts(tokens, context, states, logits, jnp.zeros(rows, bool), record), seen
 
 
@@ -140,3 +140,21 @@ def _state(seen: dict[str, Any]) -> Array:
 def _unit(x: Array) -> Array:
     x = x.astype(jnp.float32)
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def write(task: Task) -> Any:
+    """Contrastive search, from the prompt to what `generate` returns.
+
+    Raises:
+        ValueError: there is guidance, or no cache.
+    """
+    without_guidance(task)
+    if not task.feed.cached:
+        raise ValueError("contrastive search reads every candidate after the same text: it needs use_cache=True")
+    own = {**vars(sampling.how_of(task)), "branches": 1}
+    how = How(**own, candidates=int(task.config.top_k or 0))
+    rules = Rules(sampling.rules_of(task), jnp.float32(task.config.penalty_alpha))
+    texts, seen = begin(task.model, task.prompt, how=how)
+    texts = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
+    rows = jnp.arange(len(texts.done)) * how.candidates
+    return answer(task, replace(texts, context=texts.context.take(rows)), seen)

@@ -178,11 +178,14 @@ def read(
     if wanted is not None and feed.keeps:
         given["logits_to_keep"] = wanted
     with mesh.placed(feed.placing):
-        out = model(**given, **dict(feed.static), **dict.fromkeys(feed.seen, True))
+        switches: Any = dict.fromkeys(feed.seen, True)
+        out = model(**given, **dict(feed.static), **switches)
     logits = out.logits if wanted is None or feed.keeps else jnp.take(out.logits, wanted, axis=1)
     seen = {name: getattr(out, name, None) for name, switch in SEEN.items() if switch in feed.seen}
     if first:
-        seen |= {name: getattr(out, name, None) for name in OF_ENCODER if feed.seen or name.endswith("last_hidden_state")}
+        seen |= {
+            name: getattr(out, name, None) for name in OF_ENCODER if feed.seen or name.endswith("last_hidden_state")
+        }
     after = replace(context, cache=out.cache) if feed.cached else context
     return logits.astype(jnp.float32), after, {name: x for name, x in seen.items() if x is not None}
 

@@ -43,7 +43,7 @@ def layers_of(asked: str | Sequence[int], depth: int, tied: bool) -> tuple[int, 
     half = depth // 2 if depth <= 40 else 20
     match asked:
         case "low":
-            found = range(first, half, 2) if first != depth // 2 else (first,)
+            found: Sequence[int] = range(first, half, 2) if first != depth // 2 else (first,)
         case "high":
             found = range(depth // 2 if depth <= 40 else depth - 20, depth, 2)
         case str():
@@ -70,7 +70,7 @@ def contrast(model: Model, feed: Feed, layers: tuple[int, ...], logits: Array, s
     if len(layers) > 1:
         mean = (jnp.exp(last) + jnp.exp(earlier)) / 2
         # The divergences as the reference sums them: of the mean from each, over tokens and rows.
-        far = sum(mean * (jnp.log(mean) - one) for one in (last[None], earlier)).mean((1, 2))
+        far = (mean * (2 * jnp.log(mean) - last - earlier)).mean((1, 2))
         earlier = earlier[jnp.argmax(far)]
     else:
         earlier = earlier[0]
@@ -92,4 +92,4 @@ def head(model: Model, feed: Feed, x: Array) -> Array:
 
     jax.eval_shape(look)
     taken = Intervention(places[-1], lambda value: x[:, None].astype(value.dtype))
-    return replace(model, interventions=(*model.interventions, taken))(**{feed.ids: ids}).logits[:, 0]
+    return replace(model, interventions=(*model.interventions, taken)).run({feed.ids: ids})[0].logits[:, 0]

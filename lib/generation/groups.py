@@ -1,8 +1,8 @@
 """Beam search in groups that avoid each other's words, and beam search that must say certain words.
 
-Diverse beam search: Vijayakumar et al. 2016, arXiv:1610.02424. Constrained: Anderson et al. 2017, arXiv:1612.00576, with
-beams dealt in turns to those that are equally far (Post and Vilar 2018, arXiv:1804.06609). Both keep of every group the
-best texts that have ended; a group is done when none of its beams can become better than the worst of these.
+Diverse beam search: Vijayakumar et al. 2016, arXiv:1610.02424. Constrained: Anderson et al. 2017, arXiv:1612.00576,
+with beams dealt in turns to those that are equally far (Post and Vilar 2018, arXiv:1804.06609). Both keep of every
+group the best texts that have ended; a group is done when none of its beams can become better than the worst of these.
 
 B inputs, G groups, k beams of a group, K = G k beams, C candidates, L columns of the buffer, V tokens.
 """
@@ -19,11 +19,14 @@ import numpy as np
 from jax import Array
 
 from formax.generation import state
-from formax.generation.beams import NEVER, How, Rules, Some, continued
-from formax.generation.constraints import Constraints, Progress
+from formax.generation.answer import beam_answer, to_the_end, without_guidance
+from formax.generation.beams import NEVER, How, Rules, Some, continued, rules_of
+from formax.generation.config import GenerationMode
+from formax.generation.constraints import Constraints, Progress, constraints_of
 from formax.generation.decoding import Context, Prompt, prefill
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Tokens
+from formax.generation.task import Task
 from formax.model import Model
 
 # In the ids of a text that has ended: there was a token that ends texts.
@@ -154,7 +157,7 @@ def choose(search: Groups, logits: Array, rules: Rules, constraints: Constraints
         # Groups that are done go on with padding, at a score that harms nobody.
         score, beam, token = (
             jnp.where(finished[:, None], still, x)
-            for x, still in zip(picked, (0, 0, rules.fill), strict=True)
+            for x, still in zip(picked, (jnp.float32(0), jnp.int32(0), rules.fill), strict=True)
         )
         running.append(replace(continued(beams, beam, token, rows + beam, before), scores=score))
         current = current.at[:, own].set(token.astype(jnp.int32))
@@ -207,9 +210,7 @@ def is_done(held: Some, best: Array, length: Array, rules: Rules, how: GroupsHow
 
 
 @partial(jax.jit, static_argnames=("how", "returns"))
-def finish(
-    search: Groups, rules: Rules, constraints: Constraints | None, *, how: GroupsHow, returns: int
-) -> Some:
+def finish(search: Groups, rules: Rules, constraints: Constraints | None, *, how: GroupsHow, returns: int) -> Some:
     """The best `returns` texts of every input, [B, returns]; beams of groups that are not done count as they are."""
     inputs, k = search.running.scores.shape
     size = k // how.groups
@@ -248,3 +249,46 @@ def spelled(found: Some, shown: np.ndarray, start: int, most: int, pad: int, end
         if length < size and ends:
             out[row, length] = ends[0]
     return np.concatenate([np.repeat(shown, returns, axis=0), out], axis=1)
+
+
+def write(task: Task) -> Any:
+    """Beam search in groups or with constraints, from the prompt to what `generate` returns.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    without_guidance(task)
+    c, ends, count = task.config, task.config.eos_token_ids, task.config.num_beam_groups
+    constraints = None
+    if task.mode is GenerationMode.CONSTRAINED_BEAM:
+        if c.num_beams < 2 or count > 1 or c.do_sample:
+            raise ValueError(
+                "constraints want beams, without groups and sampling: "
+                f"num_beams={c.num_beams}, num_beam_groups={count}, do_sample={c.do_sample}"
+            )
+        constraints = Constraints.of(constraints_of(c.constraints, c.force_words_ids))
+    elif c.num_beams % count or c.do_sample:
+        raise ValueError(
+            "groups want as many beams each, and no sampling: "
+            f"num_beams={c.num_beams}, num_beam_groups={count}, do_sample={c.do_sample}"
+        )
+    how = GroupsHow(
+        feed=task.feed,
+        room=task.room,
+        steps=task.steps,
+        count=task.count,
+        keeps=task.keeps,
+        beams=c.num_beams,
+        candidates=max(2, 1 + len(ends)) * (c.num_beams // count),
+        samples=False,
+        early=c.early_stopping,
+        groups=count,
+        ends=ends,
+    )
+    rules = rules_of(task, task.pad)
+    search, seen = begin(task.model, task.prompt, rules, constraints, how=how)
+    search = to_the_end(task, lambda one, until: go(task.model, one, rules, constraints, until, how=how), search)
+    best = finish(search, rules, constraints, how=how, returns=c.num_return_sequences)
+    sequences = jnp.asarray(spelled(best, task.shown, int(task.prompt.length), task.most, task.pad, ends))
+    parents = best.parents.reshape(len(sequences), -1)
+    return beam_answer(task, search, seen, sequences, best.scores.reshape(-1), parents)

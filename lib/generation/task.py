@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from formax.core.config import ConfigError
+from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache
@@ -52,6 +53,7 @@ class Task:
         pad: the token after the end.
         keeps: what is recorded.
         layers: of DoLa, the candidates that the last layer is contrasted with.
+        rewinds: whether tokens that were read can be taken back.
     """
 
     model: Model
@@ -69,6 +71,17 @@ class Task:
     pad: int
     keeps: tuple[str, ...]
     layers: tuple[int, ...] = ()
+
+    rewinds: bool = False
+
+    @property
+    def most(self) -> int:
+        """How many tokens can be new."""
+        return _known(self.config.max_new_tokens)
+
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.clock is not None and self.clock()
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -93,11 +106,13 @@ def settings_of(
         base = own
     else:
         default = GenerationConfig()
-        names = [f.name for f in dataclasses.fields(GenerationConfig) if not f.name.startswith("_") and f.name != "extra"]
+        names = [
+            f.name for f in dataclasses.fields(GenerationConfig) if not f.name.startswith("_") and f.name != "extra"
+        ]
         if use_model_defaults is False:
             names = ["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"]
         taken = {name: getattr(own, name) for name in names if getattr(given, name) == getattr(default, name)}
-        base = dataclasses.replace(given, **taken, extra=own.extra | given.extra)
+        base = dataclasses.replace(given, **taken, extra=FrozenDict({**own.extra, **given.extra}))
         if given.temperature == 0.0:
             base = base.replace(do_sample=False, temperature=1.0)
     return base.replace(**overrides), set(overrides)
@@ -183,9 +198,11 @@ def task_of(
     layers: tuple[int, ...] = ()
     if mode is GenerationMode.DOLA:
         if seq2seq:
-            raise ValueError("dola_layers is for decoders alone: the layers of an encoder-decoder are not like its last")
+            raise ValueError(
+                "dola_layers is for decoders alone: the layers of an encoder-decoder are not like its last"
+            )
         depth, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
-        layers = layers_of(config.dola_layers, depth, tied)
+        layers = layers_of(config.dola_layers or (), depth, tied)
     mask = None if mask is None or mask.all() else mask
     if cached and not rewinds and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
@@ -222,6 +239,7 @@ def task_of(
         pad=pad,
         keeps=keeps,
         layers=layers,
+        rewinds=rewinds,
     )
 
 
@@ -247,14 +265,13 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
     return prompt, (feed, count + task.steps, count)
 
 
-# ------------------------------------------------------------------------------------------------------------- the prompt
+# ----------------------------------------------------------------------------------------------------------- the prompt
 
 
 def _aligned(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and what is no padding among them, with all padding on the left."""
     order = np.argsort(mask, axis=1, kind="stable")
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(mask, order, axis=1)
-
 
 
 def _text_prompt(config: GenerationConfig, own: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
@@ -366,8 +383,8 @@ def _prompt(
         start = int(_one_length(cache))
         if not 0 <= start < length:
             raise ValueError(
-                f"the cache holds {start} positions, of a prompt of {length}: input_ids is the whole text, and at least "
-                "one token of it must be new"
+                f"the cache holds {start} positions, of a prompt of {length}: input_ids is the whole text, and at "
+                "least one token of it must be new"
             )
         cache = _fitting(model, cache, rows, encoder_length)
     limit = positions_of(model)
@@ -407,7 +424,9 @@ def _prompt(
 def _one_length(cache: Any) -> int:
     held = caches.caches_of(cache)
     if not held:
-        raise TypeError(f"cache must be what a model's call or generate() returned as its cache, got {type(cache).__name__}")
+        raise TypeError(
+            f"cache must be what a model's call or generate() returned as its cache, got {type(cache).__name__}"
+        )
     length = next(one for one in held if not isinstance(one, caches.CrossCache)).length
     if length.ndim:
         raise ValueError("this cache holds texts of different lengths, which generate() does not go on with")
@@ -421,7 +440,7 @@ def _fitting(model: Model, cache: Any, rows: int, encoder_length: int) -> Any:
         ValueError: the cache of another model, or of other rows.
     """
     own = jax.eval_shape(lambda: model.init_cache(rows, 1, encoder_length))
-    if jax.tree.structure(jax.tree.map(lambda x: 0, own)) != jax.tree.structure(jax.tree.map(lambda x: 0, cache)):
+    if str(jax.tree.structure(own)) != str(jax.tree.structure(cache)):
         raise ValueError("the cache is another model's: it has other layers than this one")
     for held, made in zip(jax.tree.leaves(cache), jax.tree.leaves(own), strict=True):
         if held.ndim != made.ndim or held.shape[2:] != made.shape[2:]:
@@ -438,7 +457,9 @@ def _ids(name: str, given: Any) -> np.ndarray:
     try:
         ids = np.asarray(given)
     except ValueError:
-        raise ValueError(f"{name} has rows of different lengths; pad them to one (tokenizer(..., padding=True))") from None
+        raise ValueError(
+            f"{name} has rows of different lengths; pad them to one (tokenizer(..., padding=True))"
+        ) from None
     if ids.dtype.kind not in "iu":
         if ids.size:
             raise ValueError(f"{name} must hold token ids (whole numbers), it holds {ids.dtype}")
@@ -468,7 +489,7 @@ def _mask(name: str, ids: np.ndarray, given: Any, config: GenerationConfig | Non
     return mask
 
 
-# ------------------------------------------------------------------------------------------------------------ the lengths
+# ---------------------------------------------------------------------------------------------------------- the lengths
 
 
 def positions_of(model: Model) -> int | None:
@@ -479,7 +500,9 @@ def positions_of(model: Model) -> int | None:
     return getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
 
 
-def _with_lengths(model: Model, config: GenerationConfig, said: set[str], length: int, vectors: bool) -> GenerationConfig:
+def _with_lengths(
+    model: Model, config: GenerationConfig, said: set[str], length: int, vectors: bool
+) -> GenerationConfig:
     """Settings whose `max_length`, `max_new_tokens` and `min_length` are all about this prompt of `length` tokens."""
     limit = positions_of(model)
     if limit is not None and length >= limit:
@@ -494,12 +517,13 @@ def _with_lengths(model: Model, config: GenerationConfig, said: set[str], length
         most = config.max_length + (length if vectors else 0)
     if length >= most:
         raise ValueError(
-            f"the prompt has {length} tokens and max_length={config.max_length} counts them: nothing is left to generate; "
-            "raise it, or give max_new_tokens"
+            f"the prompt has {length} tokens and max_length={config.max_length} counts them: nothing is left to "
+            "generate; raise it, or give max_new_tokens"
         )
     if limit is not None and most > limit:
         raise ValueError(
-            f"{length} tokens of the prompt and {most - length} new ones are more than the {limit} positions of the model"
+            f"{length} tokens of the prompt and {most - length} new ones are more than the {limit} positions of the "
+            "model"
         )
     least = config.min_length or 0
     if config.min_new_tokens is not None:
@@ -516,7 +540,7 @@ def _known(value: int | None) -> int:
     return value
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------------------------------------------------- the rest
 
 
 def _vocabulary(model: Model, config: GenerationConfig) -> int | None:
