@@ -22,8 +22,8 @@ S = TypeVar("S")
 BETWEEN = 8
 
 
-def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], search: S) -> S:
-    """A search that has begun, at its end, or when the time is over.
+def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], search: S) -> tuple[S, bool]:
+    """A search that has begun, at its end or when the time is over; and whether it has ended.
 
     Args:
         task: what is generated.
@@ -35,9 +35,9 @@ def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], se
     columns = [end] if task.clock is None else [*range(min(start + BETWEEN, end), end, BETWEEN), end]
     for until in columns:
         search, over = go(search, jnp.int32(until))
-        if over or (task.clock is not None and task.clock()):
+        if over or task.late():
             break
-    return search
+    return search, bool(over) or until == end
 
 
 def without_guidance(task: Task) -> None:

@@ -23,7 +23,7 @@ from jax import Array
 from formax.generation import sampling, state
 from formax.generation.answer import answer, to_the_end, without_guidance
 from formax.generation.config import GenerationConfig
-from formax.generation.decoding import Context, Feed, Prompt, prefill, read
+from formax.generation.decoding import Context, Feed, prefill, read
 from formax.generation.sampling import Rules, noted, read_last, written
 from formax.generation.state import Tokens
 from formax.generation.task import Task, task_of
@@ -36,13 +36,13 @@ class How(sampling.How):
 
     Attributes:
         guesses: most tokens that are guessed at once.
-        draft: how the assistant is given tokens, and columns of the prompt that it reads; None to look in the text.
+        draft: how the assistant is given tokens; None to look in the text.
         grows: whether their number follows from how many were right.
         ngram: to look in the text: most tokens of a place that must be as the last ones.
     """
 
     guesses: int = 1
-    draft: tuple[Feed, int] | None = None
+    draft: Feed | None = None
     grows: bool = False
     ngram: int = 2
 
@@ -73,26 +73,6 @@ class Texts:
     key: Array | None
     record: dict[str, Any]
     number: Array
-
-
-@partial(jax.jit, static_argnames=("how",))
-def begin(
-    model: Model,
-    prompt: Prompt,
-    rules: Rules,
-    key: Array | None,
-    assistant: Model | None,
-    its_prompt: Prompt | None,
-    number: Array,
-    *,
-    how: How,
-) -> tuple[Texts, dict[str, Any]]:
-    """Reads the prompt, by both models, and chooses the first token."""
-    first, seen = sampling.begin(model, prompt, rules, key, how=_plain(how))
-    draft = None
-    if assistant is not None and its_prompt is not None and how.draft is not None:
-        draft = prefill(assistant, how.draft[0], its_prompt, how.room, how.draft[1])[2]
-    return Texts(first.tokens, first.context, draft, first.done, first.key, first.record, number), seen
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("texts",))
@@ -132,7 +112,7 @@ def _guess(assistant: Model | None, texts: Texts, rules: Rules, threshold: Array
     if assistant is None or texts.draft is None or how.draft is None:
         ids, count = lookup(texts.tokens, how.guesses, how.ngram)
         return _Guessed(ids, jnp.minimum(count, most), None, None, texts.key)
-    feed, known, rows = how.draft[0], texts.draft, len(texts.done)
+    feed, known, rows = how.draft, texts.draft, len(texts.done)
     first = texts.tokens.length
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -257,10 +237,6 @@ def _axis(name: str) -> int:
     return 2 if "attentions" in name else 1
 
 
-def _plain(how: How) -> sampling.How:
-    return sampling.How(**{name: getattr(how, name) for name in sampling.How.__dataclass_fields__})
-
-
 def write(task: Task, key: Array | None, assistant: Model | None, given: dict[str, Any], streamer: Any) -> Any:
     """Assisted generation, from the prompt to what `generate` returns.
 
@@ -290,22 +266,26 @@ def write(task: Task, key: Array | None, assistant: Model | None, given: dict[st
     grows = other is not None and its.num_assistant_tokens_schedule in ("heuristic", "heuristic_transient")
     most = min(2 * guesses if grows else guesses, max(task.most - 1, 1))
     how = How(
-        **{**vars(sampling.how_of(task)), "room": task.room + most + 1},
+        **vars(sampling.how_of(task)),
         guesses=most,
-        draft=None if other is None else (other.feed, other.count),
+        draft=None if other is None else other.feed,
         grows=grows,
         ngram=c.max_matching_ngram_size or 2,
     )
     rules, sure = sampling.rules_of(task), jnp.float32(its.assistant_confidence_threshold or 0.0)
-    draft, its_prompt = (None, None) if other is None else (other.model, other.prompt)
+    room = task.room + most + 1  # guesses are read beyond the end
+    known = prefill(task.model, task.feed, task.prompt, room, task.count)
+    first = sampling.begin(task.model, known, rules, key, how=sampling.how_of(task))
+    draft = None if other is None else other.model
+    context = None if other is None else prefill(other.model, other.feed, other.prompt, room, other.count).context
     number = jnp.int32(min(guesses, most))
-    texts, seen = begin(task.model, task.prompt, rules, key, draft, its_prompt, number, how=how)
+    texts = Texts(first.tokens, first.context, context, first.done, first.key, first.record, number)
 
     def on(texts: Texts, until: Array) -> tuple[Texts, Array]:
         return go(task.model, draft, texts, rules, sure, until, how=how)
 
     if streamer is None:
-        return answer(task, to_the_end(task, on, texts), seen)
+        return answer(task, to_the_end(task, on, texts)[0], known.seen)
     streamer.put(task.shown)
     at = int(task.prompt.length)
     end, over = at + task.most, False
@@ -317,7 +297,7 @@ def write(task: Task, key: Array | None, assistant: Model | None, given: dict[st
         if not over:
             texts, _ = on(texts, jnp.int32(min(length + 1 + most, end)))
     streamer.end()
-    return answer(task, texts, seen)
+    return answer(task, texts, known.seen)
 
 
 def _its_task(task: Task, assistant: Model, given: dict[str, Any]) -> Task:

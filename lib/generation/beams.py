@@ -19,7 +19,7 @@ from jax import Array
 
 from formax.generation import state
 from formax.generation.answer import beam_answer, to_the_end, without_guidance
-from formax.generation.decoding import Context, Feed, Prompt, prefill
+from formax.generation.decoding import Context, Feed, Known, prefill
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Rule, Tokens
 from formax.generation.task import Task
@@ -31,7 +31,7 @@ NEVER = -1.0e9
 
 @dataclass(frozen=True)
 class How:
-    """What is part of the program; the first four and `keeps` as in `sampling.How`.
+    """What is part of the program; `feed`, `steps` and `keeps` as in `sampling.How`.
 
     Attributes:
         beams: beams of every input.
@@ -41,9 +41,7 @@ class How:
     """
 
     feed: Feed
-    room: int
     steps: int
-    count: int
     keeps: tuple[str, ...]
     beams: int
     candidates: int
@@ -137,28 +135,26 @@ class Beams:
 
 
 @partial(jax.jit, static_argnames=("how",))
-def begin(model: Model, prompt: Prompt, rules: Rules, key: Array | None, *, how: How) -> tuple[Beams, dict[str, Any]]:
-    """Reads the prompt, once for all beams, and takes the first step: the search, and what was seen of the prompt."""
-    logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
-    inputs, k = len(logits), how.beams
-    ids = jnp.where(jnp.arange(how.room) < tokens.length, tokens.ids, rules.fill)
-    ids = jnp.repeat(ids[:, None], k, axis=1)
+def begin(model: Model, known: Known, rules: Rules, key: Array | None, *, how: How) -> Beams:
+    """Takes the first step after a prompt that was read, once for all beams."""
+    inputs, k, room = len(known.logits), how.beams, known.tokens.ids.shape[1]
+    known = known.branched(k)
+    ids = jnp.where(jnp.arange(room) < known.tokens.length, known.tokens.ids, rules.fill)
+    tokens, ids = replace(known.tokens, ids=ids), ids.reshape(inputs, k, room)
     # The beams are equal at first: all continuations come from one of them.
     scores = jnp.broadcast_to(jnp.where(jnp.arange(k) == 0, 0, NEVER).astype(jnp.float32), (inputs, k))
     parents, ended = jnp.full((inputs, k, how.steps), -1, jnp.int32), jnp.zeros((inputs, k), bool)
-    tokens = replace(tokens, ids=ids.reshape(inputs * k, -1))
-    logits, context = jnp.repeat(logits, k, axis=0), context.repeat(inputs, k)
     beams = Beams(
         tokens,
-        context,
+        known.context,
         Some(ids, scores, parents, ended),
         Some(ids, jnp.full_like(scores, NEVER), parents, ended),
         jnp.ones((inputs, 1), bool),
         jnp.zeros((), bool),
         key,
-        empty_record(model, how.feed, context, tokens, logits, how.steps, how.keeps),
+        empty_record(model, how.feed, known.context, tokens, known.logits, how.steps, how.keeps),
     )
-    return choose(beams, logits, rules, how), seen
+    return choose(beams, known.logits, rules, how)
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("beams",))
@@ -197,7 +193,7 @@ def choose(beams: Beams, logits: Array, rules: Rules, how: How) -> Beams:
     found = continued(beams.running, beam, token, rows, before)
     found = replace(found, scores=jnp.take_along_axis(sums, places, axis=1))
     tokens = state.replace(before, length=before.length + 1)
-    ends = rules.criteria(replace(tokens, ids=found.ids.reshape(-1, how.room))).reshape(places.shape)
+    ends = rules.criteria(replace(tokens, ids=found.ids.reshape(-1, found.ids.shape[-1]))).reshape(places.shape)
 
     kept = jax.lax.top_k(found.scores + jnp.where(ends, NEVER, 0), k)[1]
     running = replace(found, scores=found.scores + jnp.where(ends, NEVER, 0)).at(kept)
@@ -231,6 +227,13 @@ def put_aside(beams: Beams, found: Some, ends: Array, new: Array, rules: Rules, 
     return beams.aside.beside(replace(found, scores=scores, ended=ends)).best(how.beams)
 
 
+def cut_off(beams: Beams, rules: Rules, how: How) -> Some:
+    """The best of those aside and of those that run, where no time is left for these to end."""
+    new = beams.tokens.new().astype(jnp.float32)
+    scores = beams.running.scores / new**rules.length_penalty
+    return beams.aside.beside(replace(beams.running, scores=scores)).best(how.beams)
+
+
 def can_improve(running: Some, aside: Some, new: Array, rules: Rules, how: How) -> Array:
     """Bool [B, 1]: whether the best running beam may become better than one that is aside."""
     length = new
@@ -247,9 +250,7 @@ def write(task: Task, key: Array | None) -> Any:
     c, ends = task.config, task.config.eos_token_ids
     how = How(
         feed=task.feed,
-        room=task.room,
         steps=task.steps,
-        count=task.count,
         keeps=task.keeps,
         beams=c.num_beams,
         candidates=max(2, 1 + len(ends)) * c.num_beams,
@@ -258,13 +259,15 @@ def write(task: Task, key: Array | None) -> Any:
     )
     # The reference's: a padding token 0 does not count as one.
     rules = rules_of(task, (c.pad_token_id or ends[0]) if ends else -1)
-    beams, seen = begin(task.model, task.prompt, rules, key, how=how)
-    beams = to_the_end(task, lambda beams, until: go(task.model, beams, rules, until, how=how), beams)
-    best = jax.tree.map(lambda x: x[:, : c.num_return_sequences].reshape(-1, *x.shape[2:]), beams.aside)
+    known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
+    beams = begin(task.model, known.forgotten(), rules, key, how=how)
+    beams, over = to_the_end(task, lambda beams, until: go(task.model, beams, rules, until, how=how), beams)
+    aside = beams.aside if over else cut_off(beams, rules, how)
+    best = jax.tree.map(lambda x: x[:, : c.num_return_sequences].reshape(-1, *x.shape[2:]), aside)
     start, steps = int(task.prompt.length), int((best.parents >= 0).sum(-1).max())
     shown = jnp.repeat(jnp.asarray(task.shown), c.num_return_sequences, axis=0)
     sequences = jnp.concatenate([shown, best.ids[:, start : start + steps]], axis=1)
-    return beam_answer(task, beams, seen, sequences, best.scores, best.parents)
+    return beam_answer(task, beams, known.seen, sequences, best.scores, best.parents)
 
 
 def rules_of(task: Task, fill: int) -> Rules:

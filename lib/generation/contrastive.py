@@ -18,7 +18,7 @@ from jax import Array
 
 from formax.generation import sampling
 from formax.generation.answer import answer, to_the_end, without_guidance
-from formax.generation.decoding import Context, Prompt, prefill
+from formax.generation.decoding import Context, Known, prefill
 from formax.generation.sampling import empty_record, noted, read_last, written
 from formax.generation.state import Tokens
 from formax.generation.task import Task
@@ -75,19 +75,19 @@ class Texts:
 
 
 @partial(jax.jit, static_argnames=("how",))
-def begin(model: Model, prompt: Prompt, *, how: How) -> tuple[Texts, dict[str, Any]]:
-    """Reads the prompt: the texts, and what was seen of it."""
-    logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
-    rows, k = len(logits), how.candidates
-    states = _unit(_state(seen))
-    states = jnp.pad(states, ((0, 0), (0, how.room - states.shape[1]), (0, 0)))
-    context = context.repeat(rows, k)
-    several = replace(tokens, ids=jnp.repeat(tokens.ids, k, axis=0))
-    one: dict[str, Any] = {"scores": logits, "logits": logits}
-    record = empty_record(model, how.feed, context, several, logits, how.steps + 1, how.keeps)
+def begin(model: Model, known: Known, *, how: How) -> Texts:
+    """What a prompt that was read is to this search."""
+    k = how.candidates
+    states = _unit(_state(known.seen))
+    states = jnp.pad(states, ((0, 0), (0, known.tokens.ids.shape[1] - states.shape[1]), (0, 0)))
+    several = known.branched(k)
+    record = empty_record(model, how.feed, several.context, several.tokens, known.logits, how.steps + 1, how.keeps)
     # Of the candidates' record only the one that is taken is kept.
-    record = {name: held if name in one else jax.tree.map(lambda x: x[:, ::k], held) for name, held in record.items()}
-    return Texts(tokens, context, states, logits, jnp.zeros(rows, bool), record), seen
+    record = {
+        name: held if name in ("scores", "logits") else jax.tree.map(lambda x: x[:, ::k], held)
+        for name, held in record.items()
+    }
+    return Texts(known.tokens, several.context, states, known.logits, jnp.zeros(len(known.logits), bool), record)
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("texts",))
@@ -114,7 +114,7 @@ def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
     columns = texts.tokens.written()
     there = columns if texts.context.mask is None else columns & texts.context.mask[::k]
     alike = jnp.einsum("ble,bke->bkl", texts.states, states)
-    alike = jnp.where(jnp.broadcast_to(there, (rows, how.room))[:, None], alike, -jnp.inf).max(-1)
+    alike = jnp.where(jnp.broadcast_to(there, (rows, there.shape[-1]))[:, None], alike, -jnp.inf).max(-1)
     best = jnp.argmax((1 - rules.alpha) * likely - rules.alpha * alike, axis=-1)
     row = jnp.arange(rows) * k + best
     chosen = jnp.take_along_axis(ids, best[:, None], axis=1)[:, 0]
@@ -154,7 +154,8 @@ def write(task: Task) -> Any:
     own = {**vars(sampling.how_of(task)), "branches": 1}
     how = How(**own, candidates=int(task.config.top_k or 0))
     rules = Rules(sampling.rules_of(task), jnp.float32(task.config.penalty_alpha))
-    texts, seen = begin(task.model, task.prompt, how=how)
-    texts = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
+    known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
+    texts = begin(task.model, known, how=how)
+    texts, _ = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
     rows = jnp.arange(len(texts.done)) * how.candidates
-    return answer(task, replace(texts, context=texts.context.take(rows)), seen)
+    return answer(task, replace(texts, context=texts.context.take(rows)), known.seen)

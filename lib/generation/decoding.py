@@ -124,10 +124,6 @@ class Context:
         kept = {name: x if name in HEAD_MASKS else x[rows] for name, x in self.memory.items()}
         return Context(cache, mask, kept)
 
-    def repeat(self, rows: int, times: int) -> Context:
-        """What is known of these rows, each so many times there, one beside the other."""
-        return self if times == 1 else self.take(jnp.repeat(jnp.arange(rows), times))
-
     def rewound(self, length: Any) -> Context:
         """What was known when `length` columns had been read."""
         return self if self.cache is None else replace(self, cache=caches.rewind(self.cache, length))
@@ -226,10 +222,42 @@ class Prompt:
     encoder_length: int = 0
 
 
-def prefill(
-    model: Model, feed: Feed, prompt: Prompt, room: int, count: int
-) -> tuple[Array, Tokens, Context, dict[str, Any]]:
-    """Reads the prompt.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Known:
+    """What a model makes of a prompt.
+
+    Attributes:
+        logits: float32 [B, V] of the first new token.
+        tokens: the buffer, with the prompt in it.
+        context: what is known of the prompt.
+        states: of all layers, the prompt's last [B, E], if hidden states are asked for.
+        seen: what else was asked for, of the whole prompt.
+    """
+
+    logits: Array
+    tokens: Tokens
+    context: Context
+    states: tuple[Array, ...]
+    seen: dict[str, Any]
+
+    def branched(self, times: int) -> Known:
+        """The same for so many texts of each prompt, one beside the other; `seen` stays that of the prompts."""
+        if times == 1:
+            return self
+        rows = jnp.repeat(jnp.arange(len(self.logits)), times)
+        tokens = replace(self.tokens, ids=self.tokens.ids[rows])
+        states = tuple(x[rows] for x in self.states)
+        return Known(self.logits[rows], tokens, self.context.take(rows), states, self.seen)
+
+    def forgotten(self) -> Known:
+        """The same without what was seen, so that the rest can be given away."""
+        return replace(self, seen={})
+
+
+@partial(jax.jit, static_argnames=("feed", "room", "count"))
+def prefill(model: Model, feed: Feed, prompt: Prompt, room: int, count: int) -> Known:
+    """Reads the prompt. This is a program of its own, the same for all ways of generating.
 
     Args:
         model: the model.
@@ -237,9 +265,6 @@ def prefill(
         prompt: what it is given.
         room: columns of the buffer.
         count: columns from `prompt.start` on that are read.
-
-    Returns:
-        Scores of the first new token float32 [B, V], the buffer, what is known, and what else was asked for.
     """
     rows = len(prompt.ids)
     more = room - prompt.ids.shape[1]
@@ -262,7 +287,8 @@ def prefill(
         context = replace(context, memory=context.memory | memory)
     elif caches.can_rewind(cache):
         context = context.rewound(prompt.length)
-    return logits[:, 0], tokens, context, seen
+    states = seen.get("hidden_states", seen.get("decoder_hidden_states", ()))
+    return Known(logits[:, 0], tokens, context, tuple(x[:, last[0]] for x in states), seen)
 
 
 def cache_dtype(model: Model) -> Any:

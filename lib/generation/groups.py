@@ -23,7 +23,7 @@ from formax.generation.answer import beam_answer, to_the_end, without_guidance
 from formax.generation.beams import NEVER, How, Rules, Some, continued, rules_of
 from formax.generation.config import GenerationMode
 from formax.generation.constraints import Constraints, Progress, constraints_of
-from formax.generation.decoding import Context, Prompt, prefill
+from formax.generation.decoding import Context, Known, prefill
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Tokens
 from formax.generation.task import Task
@@ -77,35 +77,31 @@ class Groups:
 
 
 @partial(jax.jit, static_argnames=("how",))
-def begin(
-    model: Model, prompt: Prompt, rules: Rules, constraints: Constraints | None, *, how: GroupsHow
-) -> tuple[Groups, dict[str, Any]]:
-    """Reads the prompt and takes the first step: the search, and what was seen of the prompt."""
-    logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
-    inputs, k = len(logits), how.beams
+def begin(model: Model, known: Known, rules: Rules, constraints: Constraints | None, *, how: GroupsHow) -> Groups:
+    """Takes the first step after a prompt that was read."""
+    inputs, k = len(known.logits), how.beams
     of_group = k // how.groups
-    ids = jnp.repeat(tokens.ids[:, None], k, axis=1)
+    progress = None
+    if constraints is not None:
+        said = constraints.after(known.tokens.ids, known.tokens.written())
+        progress = jax.tree.map(lambda x: jnp.repeat(x[:, None], k, axis=1), said)
+    known = known.branched(k)
+    ids = known.tokens.ids.reshape(inputs, k, -1)
     scores = jnp.where(jnp.arange(k) % of_group == 0, 0, NEVER).astype(jnp.float32)
     scores, parents = jnp.broadcast_to(scores, (inputs, k)), jnp.full((inputs, k, how.steps), -1, jnp.int32)
     running = Some(ids, scores, parents, jnp.zeros((inputs, k), bool))
-    progress = None
-    if constraints is not None:
-        said = constraints.after(tokens.ids, tokens.written())
-        progress = jax.tree.map(lambda x: jnp.repeat(x[:, None], k, axis=1), said)
-    tokens = replace(tokens, ids=ids.reshape(inputs * k, -1))
-    logits, context = jnp.repeat(logits, k, axis=0), context.repeat(inputs, k)
     aside = jax.tree.map(lambda x: x.reshape(inputs * how.groups, of_group, *x.shape[2:]), running)
     search = Groups(
-        tokens,
-        context,
+        known.tokens,
+        known.context,
         running,
         replace(aside, scores=jnp.full_like(aside.scores, -jnp.inf)),
         jnp.zeros((inputs, how.groups), bool),
         jnp.zeros((), bool),
-        empty_record(model, how.feed, context, tokens, logits, how.steps, how.keeps),
+        empty_record(model, how.feed, known.context, known.tokens, known.logits, how.steps, how.keeps),
         progress,
     )
-    return choose(search, logits, rules, constraints, how), seen
+    return choose(search, known.logits, rules, constraints, how)
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("search",))
@@ -274,9 +270,7 @@ def write(task: Task) -> Any:
         )
     how = GroupsHow(
         feed=task.feed,
-        room=task.room,
         steps=task.steps,
-        count=task.count,
         keeps=task.keeps,
         beams=c.num_beams,
         candidates=max(2, 1 + len(ends)) * (c.num_beams // count),
@@ -286,9 +280,10 @@ def write(task: Task) -> Any:
         ends=ends,
     )
     rules = rules_of(task, task.pad)
-    search, seen = begin(task.model, task.prompt, rules, constraints, how=how)
-    search = to_the_end(task, lambda one, until: go(task.model, one, rules, constraints, until, how=how), search)
+    known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
+    search = begin(task.model, known.forgotten(), rules, constraints, how=how)
+    search, _ = to_the_end(task, lambda one, until: go(task.model, one, rules, constraints, until, how=how), search)
     best = finish(search, rules, constraints, how=how, returns=c.num_return_sequences)
     sequences = jnp.asarray(spelled(best, task.shown, int(task.prompt.length), task.most, task.pad, ends))
     parents = best.parents.reshape(len(sequences), -1)
-    return beam_answer(task, search, seen, sequences, best.scores.reshape(-1), parents)
+    return beam_answer(task, search, known.seen, sequences, best.scores.reshape(-1), parents)

@@ -1,6 +1,6 @@
 """Greedy search and sampling: one token a row and step, all steps in one compiled loop.
 
-`begin` reads the prompt and chooses the first token, `go` chooses the following ones until a column. Between calls of
+`begin` chooses the first token after a prompt that was read, `go` the following ones until a column. Between calls of
 `go` nothing is compiled and nothing is lost, so a stream of tokens is the same program as a whole text.
 
 B rows, L columns of the buffer, N steps of the record, V tokens of the vocabulary.
@@ -20,7 +20,7 @@ from jax import Array
 
 from formax.generation import state
 from formax.generation.answer import answer, to_the_end
-from formax.generation.decoding import Context, Feed, Prompt, prefill, read
+from formax.generation.decoding import Context, Feed, Known, prefill, read
 from formax.generation.dola import contrast
 from formax.generation.state import Rule, Tokens
 from formax.generation.task import Task, negative_of
@@ -33,26 +33,22 @@ class How:
 
     Attributes:
         feed: how the model is given tokens.
-        room: columns of the buffer.
         steps: most new tokens that a record has room for.
-        count: columns of the prompt that are read.
         samples: draw tokens, instead of taking the likeliest.
         pads: rows that have ended go on with padding; where no token ends a text they go on with words.
         keeps: of "scores", "logits" and the names of `decoding.SEEN`, what is recorded.
         branches: texts for each prompt.
-        negative: of the prompt for guidance, how it is given, columns of its buffer, and columns that are read.
+        negative: how the text after the prompt for guidance is given.
         layers: of DoLa, the candidates that the last layer is contrasted with.
     """
 
     feed: Feed
-    room: int
     steps: int
-    count: int
     samples: bool = False
     pads: bool = True
     keeps: tuple[str, ...] = ()
     branches: int = 1
-    negative: tuple[Feed, int, int] | None = None
+    negative: Feed | None = None
     layers: tuple[int, ...] = ()
 
 
@@ -92,29 +88,33 @@ class Texts:
     negative: tuple[Tokens, Context] | None = None
 
 
-@partial(jax.jit, static_argnames=("how",))
 def begin(
-    model: Model, prompt: Prompt, rules: Rules, key: Array | None, negative: Prompt | None = None, *, how: How
-) -> tuple[Texts, dict[str, Any]]:
-    """Reads the prompt and chooses the first token: the texts, and what was seen of the prompt."""
-    logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
-    rows = jnp.repeat(jnp.arange(len(logits)), how.branches)
-    tokens, context, logits = (
-        replace(tokens, ids=tokens.ids[rows]),
-        context.repeat(len(logits), how.branches),
-        logits[rows],
-    )
-    texts = Texts(tokens, context, jnp.zeros(len(rows), bool), key, {})
+    model: Model, known: Known, rules: Rules, key: Array | None, negative: Known | None = None, *, how: How
+) -> Texts:
+    """Chooses the first token after a prompt that was read."""
+    texts = _first(model, known.forgotten(), rules, key, negative, how=how)
+    if how.branches > 1:
+        return texts
+    # Caches went in, but did not come out, which would have copied them.
+    other = None if negative is None or texts.negative is None else (texts.negative[0], negative.context)
+    return replace(texts, context=known.context, negative=other)
+
+
+@partial(jax.jit, static_argnames=("how",))
+def _first(model: Model, known: Known, rules: Rules, key: Array | None, negative: Known | None, *, how: How) -> Texts:
+    known = known.branched(how.branches)
+    texts = Texts(known.tokens, known.context, jnp.zeros(len(known.logits), bool), key, {})
     other = None
-    if negative is not None and how.negative is not None:
-        other, its, known, _ = prefill(model, how.negative[0], negative, *how.negative[1:])
-        its = replace(its, ids=its.ids[rows])
-        texts, other = replace(texts, negative=(its, known.repeat(len(other), how.branches))), other[rows]
-    record = empty_record(model, how.feed, texts.context, texts.tokens, logits, how.steps, how.keeps)
+    if negative is not None:
+        negative = negative.branched(how.branches)
+        texts, other = replace(texts, negative=(negative.tokens, negative.context)), negative.logits
+    record = empty_record(model, how.feed, texts.context, texts.tokens, known.logits, how.steps, how.keeps)
     texts = replace(texts, record=record)
-    last = prompt.length - 1 - (prompt.start if how.feed.cached else 0)
-    states = tuple(x[:, last][rows] for x in seen.get("hidden_states", ()))
-    return choose(model, texts, logits, rules, how, other, states), seen
+    texts = choose(model, texts, known.logits, rules, how, other, known.states)
+    if how.branches == 1:
+        none = Context(None, None, {})
+        texts = replace(texts, context=none, negative=texts.negative and (texts.negative[0], none))
+    return texts
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("texts",))
@@ -139,7 +139,7 @@ def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
     other = None
     if texts.negative is not None and how.negative is not None:
         its, known = texts.negative
-        other, known, _ = read_last(model, how.negative[0], known, its)
+        other, known, _ = read_last(model, how.negative, known, its)
         texts = replace(texts, negative=(its, known))
     states = tuple(x[:, -1] for x in seen.get("hidden_states", ()))
     return choose(model, texts, logits, rules, how, other, states)
@@ -214,9 +214,7 @@ def how_of(task: Task) -> How:
     """What is part of the program."""
     return How(
         feed=task.feed,
-        room=task.room,
         steps=task.steps if task.keeps else 0,
-        count=task.count,
         samples=bool(task.config.do_sample),
         pads=bool(task.config.eos_token_ids),
         keeps=task.keeps,
@@ -230,27 +228,28 @@ def rules_of(task: Task) -> Rules:
     return Rules(task.process, task.criteria, jnp.int32(task.pad))
 
 
-def with_negative(task: Task, how: How, ids: Any, mask: Any) -> tuple[Prompt | None, How]:
-    """The prompt for guidance, if there is guidance.
+def first_of(task: Task, negative: Any, negative_mask: Any) -> tuple[Known, Known | None, How]:
+    """What is known of the prompt, and of the one for guidance if there is guidance; and the program.
 
     Raises:
-        ValueError: there is none, and a prompt for it is given.
+        ValueError: there is no guidance, and a prompt for it is given.
     """
-    if "unconditional" not in task.process.needs:
-        if ids is not None:
-            raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
-        return None, how
-    prompt, given = negative_of(task, ids, mask)
-    return prompt, replace(how, negative=given)
+    how, other = how_of(task), None
+    if "unconditional" in task.process.needs:
+        prompt, given = negative_of(task, negative, negative_mask)
+        how = replace(how, negative=given[0])
+        other = prefill(task.model, given[0], prompt, *given[1:])
+    elif negative is not None:
+        raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
+    return prefill(task.model, task.feed, task.prompt, task.room, task.count), other, how
 
 
 def write(task: Task, key: Array | None, streamer: Any, negative: Any = None, negative_mask: Any = None) -> Any:
     """Greedy search and sampling, from the prompt to what `generate` returns."""
-    rules = rules_of(task)
-    other, how = with_negative(task, how_of(task), negative, negative_mask)
-    texts, seen = begin(task.model, task.prompt, rules, key, other, how=how)
+    rules, (known, other, how) = rules_of(task), first_of(task, negative, negative_mask)
+    texts, seen = begin(task.model, known, rules, key, other, how=how), known.seen
     if streamer is None:
-        texts = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
+        texts, _ = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
         return answer(task, texts, seen, how.branches)
     streamer.put(task.shown)
     until, over = int(task.prompt.length), False
@@ -265,9 +264,8 @@ def write(task: Task, key: Array | None, streamer: Any, negative: Any = None, ne
 
 def tokens_of(task: Task, key: Array | None, negative: Any = None, negative_mask: Any = None) -> Iterator[np.ndarray]:
     """Greedy search and sampling, token by token: int32 [B] each."""
-    rules = rules_of(task)
-    other, how = with_negative(task, how_of(task), negative, negative_mask)
-    texts, _ = begin(task.model, task.prompt, rules, key, other, how=how)
+    rules, (known, other, how) = rules_of(task), first_of(task, negative, negative_mask)
+    texts = begin(task.model, known, rules, key, other, how=how)
     until = int(task.prompt.length) + 1
     texts, over, last = go(task.model, texts, rules, jnp.int32(until), how=how)
     while True:
