@@ -1,6 +1,6 @@
 """Every topic in one run."""
 
-from benchmarks import archetypes, attention, forward, import_time, load, train_step
+from benchmarks import archetypes, attention, forward, generate, import_time, load, train_step
 from benchmarks.harness import run
 
 if __name__ == "__main__":
@@ -9,6 +9,7 @@ if __name__ == "__main__":
             "forward": forward.measure,
             "archetypes": archetypes.measure,
             "attention": attention.measure,
+            "generate": generate.measure,
             "train_step": train_step.measure,
             "load": load.measure,
             "import_time": import_time.measure,

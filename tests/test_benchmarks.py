@@ -48,7 +48,7 @@ def test_all_topics_run_and_are_written(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "new/all.json").read_text())
 
     topics = data["topics"]
-    assert list(topics) == ["forward", "archetypes", "attention", "train_step", "load", "import_time"]
+    assert list(topics) == ["forward", "archetypes", "attention", "generate", "train_step", "load", "import_time"]
     (forward,) = topics["forward"]["cases"]
     without, with_dropout = topics["train_step"]["cases"]
     assert (without["dropout"], with_dropout["dropout"]) == (0.0, 0.1)

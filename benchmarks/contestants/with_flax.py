@@ -17,6 +17,7 @@ from benchmarks.task import (
     Options,
     Task,
     UnavailableError,
+    arrays,
     labels,
     sample,
     token_ids,
@@ -50,6 +51,17 @@ def forward(options: Options) -> Task:
         return jax.block_until_ready(call(model.params, ids, mask))
 
     return Task(run, sample(run().last_hidden_state))
+
+
+def generate(options: Options) -> Task:
+    """As its users called it: the loop is compiled inside, anew for every call of another shape."""
+    model = class_of(f"Flax{options['architecture']}").from_pretrained(options["checkpoint"])
+    ids = jnp.asarray(arrays(options)["input_ids"])
+
+    def run() -> Any:
+        return jax.block_until_ready(model.generate(ids, **options["settings"]).sequences)
+
+    return Task(run, [float(token) for token in run().reshape(-1)])
 
 
 def train_step(options: Options) -> Task:
@@ -91,4 +103,4 @@ def load(options: Options) -> Task:
     )
 
 
-TASKS = {"forward": forward, "load": load, "train_step": train_step}
+TASKS = {"forward": forward, "generate": generate, "load": load, "train_step": train_step}

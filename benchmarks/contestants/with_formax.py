@@ -27,6 +27,7 @@ from benchmarks.task import (
     token_ids,
 )
 from formax.core import registry
+from formax.generation import stopping
 from formax.layers import attention as layers
 from formax.layers.attention import Mask
 
@@ -59,6 +60,35 @@ def call(options: Options) -> Task:
         return jax.block_until_ready(model(**inputs))
 
     return Task(run, sample(getattr(run(), options["output"])))
+
+
+def generate(options: Options) -> Task:
+    model = open_head(options["checkpoint"])
+    ids = arrays(options)["input_ids"]
+
+    def run() -> Any:
+        return jax.block_until_ready(model.generate(ids, **options["settings"]))
+
+    return Task(run, [float(token) for token in np.asarray(run()).reshape(-1)])
+
+
+def generate_in_room(options: Options) -> Task:
+    """As many new tokens in a buffer with room for more."""
+    model = open_head(options["checkpoint"])
+    ids, new = arrays(options)["input_ids"], options["new"]
+
+    def run() -> Any:
+        tokens = model.generate(
+            ids, max_new_tokens=options["room"] - ids.shape[1], eos_token_id=None, stopping_criteria=[enough(new)]
+        )
+        return jax.block_until_ready(tokens)
+
+    return Task(run, [float(run().shape[1])])
+
+
+@cache
+def enough(new: int) -> Any:
+    return stopping.max_new_tokens(new)
 
 
 @cache
@@ -177,6 +207,8 @@ TASKS = {
     "call": call,
     "checkpoint": checkpoint,
     "forward": forward,
+    "generate": generate,
+    "generate_in_room": generate_in_room,
     "load": load,
     "matmul": matmul,
     "stream": stream,

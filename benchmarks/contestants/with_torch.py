@@ -86,6 +86,17 @@ def call(options: Options) -> Task:
     return Task(run, sample(getattr(first(run, options), options["output"]).numpy()))
 
 
+def generate(options: Options) -> Task:
+    model = open_head(options["checkpoint"], options["architecture"])
+    ids = tensor(arrays(options)["input_ids"])
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options["settings"])
+
+    return Task(run, [float(token) for token in run().reshape(-1)])
+
+
 @cache
 def open_head(checkpoint: str, architecture: str) -> Any:
     return getattr(transformers, architecture).from_pretrained(checkpoint).eval()
@@ -189,6 +200,7 @@ TASKS = {
     "attention": attention,
     "call": call,
     "forward": forward,
+    "generate": generate,
     "load": load,
     "matmul": matmul,
     "stream": stream,
