@@ -87,8 +87,8 @@ def measure(lab: Lab) -> Section:
         tell("generate, buffers of several lengths")
         lengths = {}
         for room in (128, 512, 960) if lab.size == "base" else (32, 64):
-            found = lab.compare((formax,), "generate_in_room", {**options, "room": room, "new": new})
-            lengths[room] = found[FORMAX.name]
+            alone = lab.compare((formax,), "generate_in_room", {**options, "room": room, "new": new})
+            lengths[room] = alone[FORMAX.name]
             rows.append((f"greedy, room for {room}", FORMAX.name, Spread.of(lengths[room]).seconds(), "", ""))
     notes = [
         f"{PROMPT} tokens of prompt and {new} new ones. Best bandwidth in this run: {peak.bandwidth / 1e9:.1f} GB/s."

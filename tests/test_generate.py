@@ -57,6 +57,11 @@ IDS = np.array([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 PLAIN: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
 
 
+def programs(function: Any) -> int:
+    """How many programs a jitted function was compiled to."""
+    return int(function._cache_size())
+
+
 def by_hand(model: Any, ids: np.ndarray, steps: int) -> np.ndarray:
     """Greedy search without caches, loops and fillings: the whole text is read for every token."""
     room = ids.shape[1] + steps
@@ -117,7 +122,7 @@ def test_texts_of_an_encoder_decoder_do_not_see_the_padding_of_others(t5: Any) -
 
 def test_nothing_is_compiled_again_for_another_length_or_strength(gpt2: Any) -> None:
     def sizes() -> tuple[int, int]:
-        return prefill._cache_size(), sampling.go._cache_size()
+        return programs(prefill), programs(sampling.go)
 
     settings: dict[str, Any] = {"do_sample": True, "eos_token_id": 2, "key": KEY}
     gpt2.generate(IDS, max_new_tokens=9, temperature=0.7, top_p=0.9, repetition_penalty=1.2, **settings)
@@ -133,9 +138,9 @@ def test_nothing_is_compiled_again_for_another_length_or_strength(gpt2: Any) -> 
 
 def test_beams_too(llama: Any) -> None:
     llama.generate(IDS, num_beams=3, max_new_tokens=9, length_penalty=1.0)
-    before = prefill._cache_size(), beams.begin._cache_size(), beams.go._cache_size()
+    before = programs(prefill), programs(beams.begin), programs(beams.go)
     llama.generate(IDS[:, :4], num_beams=3, max_new_tokens=14, length_penalty=0.3)
-    assert (prefill._cache_size(), beams.begin._cache_size(), beams.go._cache_size()) == before
+    assert (programs(prefill), programs(beams.begin), programs(beams.go)) == before
 
 
 def test_sizes_are_few_and_little_larger_than_asked() -> None:
@@ -333,7 +338,7 @@ def test_good_guesses_save_steps(llama: Any) -> None:
 
     llama.generate(IDS[:1], **PLAIN, assistant_model=llama, logits_processor=[count])
     jax.effects_barrier()
-    assert assisted.go._cache_size() >= 1
+    assert programs(assisted.go) >= 1
     # one for the first token, then three rounds of 4 + 4 + 1 tokens at most would do; each guess is processed twice
     assert len(read) < 60
 
@@ -422,7 +427,7 @@ def test_what_is_kept_of_every_step(llama: Any, t5: Any) -> None:
 
 
 def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, caplog: Any) -> None:
-    before = prefill._cache_size()
+    before = programs(prefill)
     with pytest.raises(ValueError, match=r"input_ids of shape \(1, 0\) is empty"):
         gpt2.generate(np.zeros((1, 0), int))
     with pytest.raises(ValueError, match="rows of different lengths"):
@@ -465,7 +470,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, ca
     stacked = gpt2.stack_layers()
     with pytest.raises(TypeError, match=r"unstack_layers\(\) first"):
         stacked.generate(IDS)
-    assert prefill._cache_size() == before
+    assert programs(prefill) == before
     with caplog.at_level(logging.WARNING, "formax"):
         gpt2.generate(IDS, max_new_tokens=2, max_length=30, temperature=0.5)
     assert "max_new_tokens=2 counts" in caplog.text
