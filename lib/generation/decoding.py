@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from formax.core import mesh
+from formax.generation.cache_kinds import FULL, Kind, as_kind
 from formax.generation.state import Tokens
 from formax.layers.attention import cache as caches
 from formax.model import HEAD_MASKS, Model
@@ -62,6 +63,7 @@ class Feed:
         seen: switches of what else is wanted of every step.
         static: further inputs that are no arrays.
         placing: the mesh that the model is on.
+        kind: which caches the model is given.
     """
 
     ids: str
@@ -73,6 +75,7 @@ class Feed:
     seen: tuple[str, ...] = ()
     static: tuple[tuple[str, Any], ...] = ()
     placing: mesh.Placing | None = None
+    kind: Kind = FULL
 
     @classmethod
     def of(cls, model: Model, *, padded: bool = False, cached: bool = True, seen: tuple[str, ...] = ()) -> Feed:
@@ -248,15 +251,16 @@ def prefill(
     cache = prompt.cache
     if feed.cached:
         if cache is None:
-            cache = model.init_cache(rows, room, prompt.encoder_length, cache_dtype(model))
+            cache = as_kind(model.init_cache(rows, room, prompt.encoder_length, cache_dtype(model)), feed.kind)
         else:
             cache = caches.grow(cache, room)
+        cache = caches.map_caches(lambda one: one.until(prompt.length), cache)
     last = (prompt.length - 1 - prompt.start if feed.cached else prompt.length - 1)[None]
     context = Context(cache, mask, prompt.memory)
     start = prompt.start if feed.cached else 0
     logits, context, seen = read(model, feed, context, tokens, start, count, keep=last, first=prompt.first)
-    if feed.cached and caches.can_rewind(cache):
-        context = context.rewound(prompt.length)
+    if feed.cached:
+        context = replace(context, cache=caches.settle(context.cache, prompt.length))
     return logits[:, 0], tokens, context, seen
 
 
