@@ -95,7 +95,7 @@ def settings_of(
         if use_model_defaults is False:
             names = ["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"]
         taken = {name: getattr(own, name) for name in names if getattr(given, name) == getattr(default, name)}
-        base = dataclasses.replace(given, **taken, extra=own.extra | given.extra)
+        base = dataclasses.replace(given, **taken, extra={**own.extra, **given.extra})
         if given.temperature == 0.0:
             base = base.replace(do_sample=False, temperature=1.0)
     return base.replace(**overrides), set(overrides)
