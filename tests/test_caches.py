@@ -116,6 +116,32 @@ def test_ring_translates_masks_and_biases(what: dict[str, Any], bias: Any) -> No
     np.testing.assert_allclose(ring, full, atol=1e-5)
 
 
+def test_ring_grows() -> None:
+    @partial(jax.jit, static_argnums=(1, 2))
+    def after(cache: Any, start: int, end: int) -> tuple[jax.Array, Any]:
+        mask = Mask(causal=True, window=(WINDOW - 1, None), q_offset=cache.length)
+        return cache.attend(q[:, start:end], k[:, start:end], v[:, start:end], mask=mask)
+
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 9, 2, 8)) for i in range(3))
+    _, ring = after(RingCache.empty(1, 4, 2, 8, window=WINDOW), 0, 4)
+    assert ring.k.shape[1] == 4
+    x, _ = after(ring.grown(14), 4, 9)
+    y, _ = after(after(KVCache.empty(1, 14, 2, 8), 0, 4)[1], 4, 9)
+    np.testing.assert_allclose(x, y, atol=1e-5)
+    assert ring.grown(6).k.shape[1] == 6
+    assert ring.grown(14).k.shape[1] == WINDOW
+
+
+def test_masks_of_other_positions() -> None:
+    """What lies beyond a padding mask is no padding, beyond pairs there are none."""
+    keys, positions = jnp.array([[True, False, True]]), jnp.array([1, 2, 5])
+    assert Mask(keys=keys).picked(positions).keys.tolist() == [[False, True, True]]
+    assert Mask(dense=keys[:, None, None]).picked(positions).dense.tolist() == [[[[False, True, False]]]]
+    moved = Mask(causal=True, q_offset=4, kv_length=jnp.array([4]), prefix=jnp.array([1])).since(jnp.int32(2), 3)
+    assert (int(moved.q_offset), moved.kv_length.tolist(), moved.prefix.tolist()) == (2, [2], [0])
+    assert Mask(keys=keys).since(jnp.int32(-1), 3).keys.tolist() == [[False, True, False]]
+
+
 def test_ring_refuses_what_it_cannot_see() -> None:
     x = jnp.ones((1, 1, 2, 8))
     ring = RingCache.empty(1, 9, 2, 8, window=WINDOW)
@@ -193,6 +219,9 @@ def test_few_bits_go_back_and_grow() -> None:
     assert 0 < np.abs(x - y).max() < 0.2
     assert np.abs(x - z).max() < 0.2
     assert sorted(back.held[0].tolist()) == [-1, -1, -1, -1, 7]
+    # What is known to be filling does not take the place of the newest.
+    _, filled = after(empty.until(8), k, 0, 12)
+    assert sorted(filled.rewound(8).held[0].tolist()) == [3, 4, 5, 6, 7]
     rows = take_rows((back,), jnp.array([1, 1, 0]))[0]
     np.testing.assert_array_equal(rows.k.numbers(jnp.float32)[2], back.k.numbers(jnp.float32)[0])
 

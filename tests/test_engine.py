@@ -99,8 +99,10 @@ def test_random_requests_at_random_times(family: str) -> None:
     assert (after[0] - before[0], after[1] - before[1]) == (1, 4 if family == "mamba" else 1)
 
 
-def test_long_prompts_are_read_in_pieces(llama: Model) -> None:
-    engine = engine_of(llama)
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_long_prompts_are_read_in_pieces(family: str) -> None:
+    model = model_of(family)
+    engine = engine_of(model)
     short = engine.submit(ids(3), max_new_tokens=8)
     engine.step()
     long = engine.submit(ids(30, 5), max_new_tokens=2)
@@ -108,7 +110,8 @@ def test_long_prompts_are_read_in_pieces(llama: Model) -> None:
     assert long.read == 16  # of 29: the others go on meanwhile
     assert len(short.tokens) == 2
     assert len(long.tokens) == 0
-    np.testing.assert_array_equal(long.result(), llama.generate(ids(30, 5)[None], max_new_tokens=2)[0])
+    np.testing.assert_array_equal(long.result(), alone(model, ids(30, 5), 2))
+    np.testing.assert_array_equal(short.result(), alone(model, ids(3), 8))
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -119,7 +122,10 @@ def test_what_is_drawn_depends_on_the_key_alone(llama: Model) -> None:
     engine = engine_of(llama)
     alone = one_by_one(engine, ids(5), key=jax.random.key(4), **draws)
     assert alone != one_by_one(engine, ids(5), key=jax.random.key(5), **draws)
-    assert alone != one_by_one(engine, ids(5), max_new_tokens=10, eos_token_id=[])
+    # Token by token: the scores of all positions, each with a key of its own.
+    scores = llama(np.concatenate([ids(5), alone])[None]).logits[0, 4:-1] / 1.5
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(4), jnp.arange(10))
+    assert jax.vmap(jax.random.categorical)(keys, scores).tolist() == alone
     # Among others, evicted on the way, in another slot.
     before = slots.write._cache_size()
     others = [engine.submit(ids(7, i), max_new_tokens=12, temperature=0.5, top_p=0.9, eos_token_id=[]) for i in (1, 2)]
@@ -243,6 +249,10 @@ def test_prefixes_are_shared(llama: Model) -> None:
     assert engine.pages_reused == 4 + 3
     np.testing.assert_array_equal(engine.submit(longer, max_new_tokens=4).result(), alone(llama, longer, 4))
     assert engine.pages_reused == 4 + 3 + 4
+    # Of a prompt that is there altogether, in full pages, the last one is read for its scores.
+    for _ in range(2):
+        np.testing.assert_array_equal(engine.submit(ids(8, 2), max_new_tokens=3).result(), alone(llama, ids(8, 2), 3))
+    assert engine.pages_reused == 4 + 3 + 4 + 1
     assert engine.stats()["pages_free"] == 24
 
 
@@ -268,19 +278,14 @@ def test_pool() -> None:
 
 
 def test_first_come_first_served_unless_priority_says_otherwise(llama: Model) -> None:
-    engine = engine_of(llama, slots=3)
-    long = engine.submit(ids(12, 1), max_new_tokens=4)
-    for i in range(2, 4):
-        engine.submit(ids(12, i), max_new_tokens=4)
-    late = engine.submit(ids(2, 4), max_new_tokens=1)
+    engine = engine_of(llama)
+    handles = [engine.submit(ids(15, i), max_new_tokens=2) for i in range(3)]
+    handles.append(engine.submit(ids(2, 4), max_new_tokens=1))
     urgent = engine.submit(ids(2, 5), max_new_tokens=1, priority=-1)
-    order = []
-    for handle, _ in engine.run():
-        if handle.number not in order:
-            order.append(handle.number)
+    order = [handle.number for handle, _ in engine.run()]
     assert order[0] == urgent.number
-    assert order[1] == long.number
-    assert order[-1] == late.number  # there was a page for it before, but not for those before it
+    # There was a page for the last one before, but not for the one before it.
+    assert sorted(handles, key=lambda one: order.index(one.number)) == handles
 
 
 # --------------------------------------------------------------------------------------------------- threads, iterators
