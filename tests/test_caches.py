@@ -135,7 +135,7 @@ def test_ring_grows() -> None:
 def test_masks_of_other_positions() -> None:
     """What lies beyond a padding mask is no padding, beyond pairs there are none."""
     keys, positions = jnp.array([[True, False, True]]), jnp.array([1, 2, 5])
-    assert Mask(keys=keys).picked(positions).keys.tolist() == [[False, True, True]]
+    assert Mask(keys=~keys).picked(positions).keys.tolist() == [[True, False, True]]
     assert Mask(dense=keys[:, None, None]).picked(positions).dense.tolist() == [[[[False, True, False]]]]
     moved = Mask(causal=True, q_offset=4, kv_length=jnp.array([4]), prefix=jnp.array([1])).since(jnp.int32(2), 3)
     assert (int(moved.q_offset), moved.kv_length.tolist(), moved.prefix.tolist()) == (2, [2], [0])
