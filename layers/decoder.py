@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config

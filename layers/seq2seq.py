@@ -133,10 +133,7 @@ def caches(
 
     def layer(count: int) -> dict[str, KVCache | None]:
         size: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype}
-        if encoder_length is None:
-            cross = None
-        else:
-            cross = CrossCache.empty(batch, encoder_length, cross_heads, **size)
+        cross = None if encoder_length is None else CrossCache.empty(batch, encoder_length, cross_heads, **size)
         return {"attn": KVCache.empty(batch, length, count, **size), "cross": cross}
 
     return tuple(map(layer, heads))

@@ -202,7 +202,9 @@ class Model:
                 near = difflib.get_close_matches(name, known, n=2)
                 hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(known)}"
                 raise TypeError(f"{self.architecture.name} takes no input {name!r}; {hint}")
-            if (isinstance(value, bool | str) and name not in TABLES) or (name == "logits_to_keep" and type(value) is int):
+            if (isinstance(value, bool | str) and name not in TABLES) or (
+                name == "logits_to_keep" and type(value) is int
+            ):
                 static[name] = value
             elif _is_on_host(value):
                 arrays[name] = jnp.asarray(_checked(self, name, value))
@@ -229,7 +231,7 @@ class Model:
     def generate(self, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any) -> Any:
         """Writes a text, or several; `formax.generation.generate` has the arguments.
 
-            ids = model.generate(input_ids=ids, max_new_tokens=64)
+        ids = model.generate(input_ids=ids, max_new_tokens=64)
         """
         from formax.generation import generate
 

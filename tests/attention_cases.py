@@ -1,5 +1,6 @@
 """Attention by its formula, in float64, and calls of it with every feature: what all backends are held against."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from formax.layers.attention import ALiBi, Bucketed, Indexed, Mask, compile_for
 
@@ -111,6 +113,25 @@ def lowering_for(platform: str) -> Iterator[None]:
     with compile_for(platform), jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         yield
+
+
+NEEDS_LIBTPU = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, which has the compiler, is not here"
+)
+
+
+def temporary_bytes_of_a_tpu(monkeypatch: pytest.MonkeyPatch, run: Any, *shapes: Any) -> int:
+    """Compiles a program for the chip with the smallest memory, and tells what it needs beside what goes in and out."""
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chip = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1").devices[0]
+    where = jax.sharding.SingleDeviceSharding(chip)
+    with compile_for("tpu"):
+        traced = jax.jit(run, in_shardings=where, out_shardings=where).trace(*shapes)
+    told = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    assert told is not None
+    return told.temp_size_in_bytes
 
 
 # --- the formula

@@ -1,9 +1,9 @@
 """Every backend of attention against the formula in float64: one class of tests for all."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import pytest
 from attention_cases import (
     BIASES,
     MASKS,
+    NEEDS_LIBTPU,
     NUMBERS,
     Sizes,
     check,
@@ -21,6 +22,7 @@ from attention_cases import (
     lowering_for,
     options,
     qkv,
+    temporary_bytes_of_a_tpu,
     with_learned,
 )
 from hypothesis import given, settings
@@ -395,22 +397,15 @@ def test_kernels_lower(backend: str, mask: str, bias: str, head_dim: int, monkey
     assert program.count("stablehlo.custom_call @tpu_custom_call" if platform == "tpu" else "xla.gpu.triton") == 3
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, which has the compiler, is not here")
+@NEEDS_LIBTPU
 @pytest.mark.parametrize(("mask", "bias"), [("causal segments and keys", "bucketed both ways"), ("dense", "pairs")])
 @pytest.mark.parametrize("head_dim", [96, 256])
 def test_a_tpu_can_have_it(mask: str, bias: str, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled for the chip with the smallest memory: layouts and sizes, not the numbers."""
-    from jax.experimental import topologies
-
+    """Layouts and sizes, not the numbers."""
     monkeypatch.undo()
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chip = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1").devices[0]
     z = Sizes(b=1, t=1500, s=1700, h=2, k=1, d=head_dim, dv=head_dim)
     slopes, shapes = slopes_of("pallas_tpu", z, options(z, mask, bias, "all three"))
-    where = jax.sharding.SingleDeviceSharding(chip)
-    with compile_for("tpu"):
-        traced = jax.jit(slopes, in_shardings=where, out_shardings=where).trace(*shapes)
-    assert traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    temporary_bytes_of_a_tpu(monkeypatch, slopes, *shapes)
 
 
 def test_a_kernel_in_the_interpreter_of_tpus() -> None:
@@ -437,7 +432,8 @@ def test_tiles_of_a_tpu(name: str, of_keys: bool) -> None:
     plan = kernel.plan_of(problem(*qkv(z), mask=mask), 16, 8)
     given = kernel.operands(problem(*qkv(z), mask=mask), plan)
     grid = pallas_tpu.Grid(plan, groups=2, of_keys=of_keys)
-    needed = {name: np.asarray(x) for name, x in grid.needed({**given, **kernel.spans(plan, given)}).items()}
+    found = kernel.needed(plan, {**given, **kernel.spans(plan, given)}, of_keys=of_keys)
+    needed = {name: np.asarray(x) for name, x in found.items()}
     table = mask.materialise(z.t, z.s)
     seen = np.broadcast_to(np.ones(1, bool) if table is None else np.asarray(table)[:, 0], (z.b, z.t, z.s))
     (queries, keys), (tp, sp) = plan.blocks, plan.padded
@@ -484,8 +480,21 @@ def test_what_a_kernel_does_not_do(backend: str) -> None:
 def test_a_tpu_has_its_kernel() -> None:
     assert chosen("tpu", HALF, mask=Mask(causal=True), bias=ALiBi(jnp.ones(4))) == "pallas_tpu"
     assert chosen("tpu", shapes(64, 4096)) == "xla"
+    assert chosen("tpu", shapes(4096, 4096, b=0)) == "xla"  # there is nothing to compute
     with compile_for("tpu"):
         assert "64 queries are less than a block of 128" in explain_attention(*shapes(64, 4096))
+
+
+def test_no_platform_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    table = explain_attention(*shapes(64, 64))
+    assert "xla          <- runs" in table
+    assert "pallas_gpu      runs on cuda, and this is METAL" in table
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for version, name in (("rocm 60300", "rocm"), ("PJRT C API\ncuda 12080", "cuda")):
+        device = SimpleNamespace(client=SimpleNamespace(platform_version=version))
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert target().platform == name
 
 
 def test_a_kernel_of_several_devices_needs_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from attention_cases import lowering_for
 
-from formax.layers.attention import ALiBi, Mask, attention, compile_for, explain_attention, mosaic_gpu
+from formax.layers.attention import ALiBi, Bucketed, Mask, attention, compile_for, explain_attention, mosaic_gpu
 
 CALLS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -18,6 +18,14 @@ CALLS: dict[str, dict[str, Any]] = {
     "window": {"mask": Mask(causal=True, window=(255, 0)), "softcap": 30.0, "sinks": jnp.ones(8)},
     "lengths": {"mask": Mask(kv_length=jnp.asarray([900, 0])), "scale": 0.1},
     "offsets": {"mask": Mask(causal=True, q_offset=jnp.asarray([0, 3]), prefix=jnp.asarray([4, 5]))},
+    "keys": {"mask": Mask(keys=jnp.ones((2, 1000), bool)), "bias": ALiBi(jnp.ones(8), both_ways=True)},
+    "alibi": {"mask": Mask(causal=True), "bias": ALiBi(jnp.ones(8))},
+    "all together": {
+        "mask": Mask(causal=True, segments=(jnp.zeros((2, 1000), jnp.int32),) * 2, kv_length=jnp.asarray([900, 0])),
+        "bias": Bucketed(jnp.ones((32, 8)), 128, both_ways=True),
+        "softcap": 30.0,
+        "sinks": jnp.ones(8),
+    },
 }
 
 
@@ -26,8 +34,9 @@ def shapes(t: int = 1000, head_dim: int = 128, dtype: Any = jnp.bfloat16) -> tup
     return q, k, k
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "head_dim"), [*((name, 128) for name in CALLS), *(("all together", n) for n in (64, 96, 256))]
+)
 def test_it_lowers(name: str, head_dim: int) -> None:
     def loss(q: Any, k: Any, v: Any) -> Any:
         return attention(q, k, v, backend="mosaic_gpu", **CALLS[name]).astype(jnp.float32).sum()
@@ -43,10 +52,10 @@ def test_it_lowers(name: str, head_dim: int) -> None:
     ("given", "options", "reason"),
     [
         (shapes(dtype=jnp.float32), {}, "computes in bfloat16 and float16, not float32"),
-        (shapes(head_dim=96), {}, "heads of 96 and 96 channels; both must be 64 or 128"),
+        (shapes(head_dim=80), {}, "heads of 80 and 80 channels; both must be 64, 96, 128 or 256"),
         (shapes(), {"dropout": 0.1, "key": jax.random.key(0)}, "drops no weights"),
-        (shapes(), {"bias": ALiBi(jnp.ones(8))}, "adds up no bias"),
-        (shapes(), {"mask": Mask(keys=jnp.ones((2, 1000), bool))}, "a mask with arrays"),
+        (shapes(), {"bias": jnp.ones((1000, 1000))}, "fetches no arrays of pairs"),
+        (shapes(), {"mask": Mask(dense=jnp.ones((1, 1, 1, 1000), bool))}, "fetches no arrays of pairs"),
     ],
 )
 def test_what_it_does_not_do(given: Any, options: Any, reason: str) -> None:

@@ -278,6 +278,9 @@ def test_kinds_follow_from_settings(llama: Model, windowed: Model) -> None:
         kind("quantized", residual_length=-1)
     with pytest.raises(ConfigError, match="cannot go back over tokens that the assistant got wrong"):
         kind("sliding_window", windowed, GenerationMode.ASSISTED)
+    ring = (RingCache.empty(1, 9, 1, 4, window=WINDOW),)
+    with pytest.raises(ConfigError, match="the cache that is given keeps a window of 7 positions"):
+        kind_of(GenerationConfig(), windowed.config, GenerationMode.ASSISTED, ring)
 
 
 def test_layers_have_windows_of_their_own(windowed: Model) -> None:

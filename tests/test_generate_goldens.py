@@ -118,9 +118,8 @@ def test_generate_equals_the_reference(family: str, name: str, opened: Opener) -
     more = {"assistant_model": opened(family, "draft", case["assistant"])} if "assistant" in case else {}
     # of beams, scores of texts come with those of tokens
     asked = {"output_scores": True} if "sequences_scores" in expected or "beam_indices" in expected else {}
-    out = model.generate(
-        **inputs_of(family, case["inputs"]), **settings_of(case), **more, **asked, return_dict_in_generate=True
-    )
+    settings = settings_of(case) | asked
+    out = model.generate(**inputs_of(family, case["inputs"]), **settings, **more, return_dict_in_generate=True)
     np.testing.assert_array_equal(np.asarray(out.sequences), case["sequences"])
     for key in ("scores", "logits"):
         if key in expected:

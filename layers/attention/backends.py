@@ -40,6 +40,7 @@ BACKENDS: dict[str, str | None] = {
     "cudnn": "cuda",
     "mosaic_gpu": "cuda",
     "pallas_gpu": "cuda",
+    "decode_tpu": "tpu",
     "pallas_tpu": "tpu",
     "decode_xla": "cpu",
     "xla_chunked": None,
@@ -47,6 +48,8 @@ BACKENDS: dict[str, str | None] = {
 }
 # The compiler splits these itself.
 SPLIT_BY_XLA = ("xla", "cudnn")
+# These read keys and values in pages; the others are given what was copied together.
+READ_PAGES = ("decode_gpu", "decode_tpu")
 
 
 def module(name: str) -> Any:
@@ -59,10 +62,23 @@ def unsupported(name: str, p: Problem) -> str | None:
     platform, here = BACKENDS[name], target()
     if platform is not None and platform != here.platform:
         return f"runs on {platform}, and this is {here.platform}"
+    if platform in ("cuda", "tpu") and 0 in (*p.q.shape, *p.v.shape):
+        return "there is nothing to compute"
     if p.watched and name != "xla":
         return "somebody looks at the scores or weights, of which it makes no table"
-    found: str | None = module(name).supports(p)
+    found: str | None = module(name).supports(as_read(name, p))
     return found
+
+
+def unsuited(name: str, p: Problem) -> str | None:
+    """Why the backend should not do this, though it can; None if it should."""
+    found: str | None = module(name).suits(as_read(name, p))
+    return found
+
+
+def as_read(name: str, p: Problem) -> Problem:
+    """The call as the backend is asked about it: shapes alone, of whole texts unless it reads pages."""
+    return p if p.table is None or name in READ_PAGES else jax.eval_shape(Problem.gathered, p)
 
 
 def choose(p: Problem, name: str | None) -> Backend:
@@ -79,7 +95,7 @@ def choose(p: Problem, name: str | None) -> Backend:
         if reason is not None:
             raise NotImplementedError(f"attention backend {name}: {reason}")
         return module(name)
-    found = next(one for one in BACKENDS if unsupported(one, p) is None and module(one).suits(p) is None)
+    found = next(one for one in BACKENDS if unsupported(one, p) is None and unsuited(one, p) is None)
     return module(found)
 
 
@@ -89,7 +105,9 @@ def run(p: Problem, name: str | None) -> jax.Array:
     Under a mesh each device attends with its own rows and heads: a kernel is nothing that the compiler could split.
     """
     backend, placing = choose(p, name), mesh.current()
-    if placing is None or backend.__name__.rpartition(".")[2] in SPLIT_BY_XLA:
+    name = backend.__name__.rpartition(".")[2]
+    p = p if name in READ_PAGES else p.gathered()
+    if placing is None or name in SPLIT_BY_XLA:
         return backend.attention(p)
     return over_mesh(backend, p, placing)
 
@@ -97,7 +115,8 @@ def run(p: Problem, name: str | None) -> jax.Array:
 def over_mesh(backend: Backend, p: Problem, placing: mesh.Placing) -> jax.Array:
     """Attention with the rows and heads of a batch split over a mesh, as far as they divide."""
     q = placing.partition(("batch", None, "heads", None), p.q.shape)
-    k = placing.partition(("batch", None, "kv_heads", None), p.k.shape)
+    in_pages = p.table is not None  # of one pool for all rows
+    k = placing.partition((None if in_pages else "batch", None, "kv_heads", None), p.k.shape)
     rows, heads = q[0], q[2] if q[2] == k[2] else None  # a head's keys are where it is
 
     def pairs(x: Any) -> PartitionSpec:
@@ -124,8 +143,10 @@ def over_mesh(backend: Backend, p: Problem, placing: mesh.Placing) -> jax.Array:
             of_bias = pairs(p.bias)
     of_mask = put(jax.tree.map(by_row, replace(m, dense=None)), dense=None if m.dense is None else pairs(m.dense))
     both = PartitionSpec(rows, None, heads, None)
+    keys = PartitionSpec(k[0], None, heads, None)
     sinks, key = (None if x is None else at for x, at in ((p.sinks, PartitionSpec(heads)), (p.key, PartitionSpec())))
-    specs = put(p, q=both, k=both, v=both, mask=of_mask, bias=of_bias, sinks=sinks, key=key)
+    table = None if p.table is None else PartitionSpec(rows)
+    specs = put(p, q=both, k=keys, v=keys, mask=of_mask, bias=of_bias, sinks=sinks, key=key, table=table)
     names = [name for at in (rows, heads) for name in ((at,) if isinstance(at, str) else at or ())]
 
     def own(p: Problem) -> jax.Array:
@@ -143,18 +164,23 @@ def explain_attention(q: Any, k: Any, v: Any, **options: Any) -> str:
     `compile_for` it answers for another platform.
     """
     named = options.pop("backend", None)
-    p = problem(q, k, v, **options)
+    return explain(problem(q, k, v, **options), named)
+
+
+def explain(p: Problem, named: str | None) -> str:
+    """The table of `explain_attention`."""
     chosen = choose(p, named)
     rows = []
     for name in BACKENDS:
         reason = unsupported(name, p)
         if reason is None and module(name) is not chosen:
-            better = module(name).suits(p)
+            better = unsuited(name, p)
             reason = "supports this, too; another comes first" if better is None else f"supports this; {better}"
         rows.append((name, "<- runs" if reason is None else f"   {reason}"))
     width = max(map(len, BACKENDS))
+    pages = "" if p.table is None else f" in pages, table {p.table.shape}"
     lines = [
-        f"attention on {target().platform}: q {p.q.shape}, k {p.k.shape}, v {p.v.shape}, {p.q.dtype}",
+        f"attention on {target().platform}: q {p.q.shape}, k {p.k.shape}, v {p.v.shape}{pages}, {p.q.dtype}",
         f"mask: {names(p.mask)}; bias: {names(p.bias)}; softcap: {p.softcap}; sinks: {p.sinks is not None}; "
         f"dropout: {p.dropout}",
         *(f"  {name:<{width}}  {text}" for name, text in rows),

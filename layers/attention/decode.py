@@ -47,11 +47,6 @@ class Pages:
         if len(n) != 2 or n[0] != b or self.length.shape != (b,):
             raise ValueError(f"table {n} must be [batch, pages] and length {self.length.shape} [batch], batch is {b}")
 
-    def gathered(self) -> tuple[jax.Array, jax.Array]:
-        """All of it, text by text: [B, N * page, K, D] and [B, N * page, K, Dv]."""
-        k, v = (jnp.take(x, self.table, axis=0, mode="clip") for x in (self.k, self.v))  # [B, N, page, K, D]
-        return tuple(x.reshape(len(x), -1, *x.shape[3:]) for x in (k, v))  # type: ignore[return-value]
-
 
 def paged_attention(
     q: jax.Array,
@@ -72,40 +67,53 @@ def paged_attention(
         scale: as in `attention`.
         softcap: as in `attention`.
         sinks: as in `attention`.
-        backend: "xla" gathers the pages of each text first, "decode_gpu" reads them where they are; by default the
-            first that can.
+        backend: as in `attention`. "decode_gpu" and "decode_tpu" read pages where they are; for the others those of
+            each text are copied together first.
 
     Returns:
         [B, T, H, Dv]; zero for texts of length 0.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; a named backend that does not exist.
         NotImplementedError: a named backend that cannot do this, with the reason.
     """
+    p = in_pages(q, pages, window=window, scale=scale, softcap=softcap, sinks=sinks)
+    return backends.run(p, backend)
+
+
+def explain_paged_attention(q: Any, pages: Any, **options: Any) -> str:
+    """As `explain_attention`, for the arguments of `paged_attention`."""
+    named = options.pop("backend", None)
+    return backends.explain(jax.eval_shape(partial(in_pages, **options), q, pages), named)
+
+
+def in_pages(q: jax.Array, pages: Pages, *, window: int | None = None, **options: Any) -> Problem:
+    """The arguments of `paged_attention`, checked."""
     pages.check(q)
-    k, v = jax.eval_shape(pages.gathered)
+    n, page = pages.table.shape[1], pages.k.shape[1]
+    k, v = (jax.ShapeDtypeStruct((q.shape[0], n * page, *x.shape[2:]), x.dtype) for x in (pages.k, pages.v))
     mask = Mask(
         causal=True,
         window=None if window is None else (window - 1, None),
         q_offset=pages.length - q.shape[1],
         kv_length=pages.length,
     )
-    p = problem(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
-    if backend not in ("xla", None, "decode_gpu"):
-        raise ValueError(f"pages have no backend {backend!r}; there are decode_gpu, xla")
-    reason = backends.unsupported("decode_gpu", p) or too_small(pages.k.shape[1])
-    if backend == "decode_gpu" and reason is not None:
-        raise NotImplementedError(f"attention backend decode_gpu: {reason}")
-    if reason is None and backend != "xla":
-        return backends.module("decode_gpu").attend(p, pages)
-    k, v = pages.gathered()
-    return backends.run(replace(p, k=k, v=v), "xla")
+    p = problem(q, k, v, mask=mask, **options)
+    return replace(p, k=pages.k, v=pages.v, table=pages.table)
 
 
-def too_small(page: int) -> str | None:
-    """Why pages of so many positions cannot be read by a kernel."""
-    whole = page >= 16 and page & (page - 1) == 0
-    return None if whole else f"pages of {page} positions are no power of two from 16 on"
+def odd_pages(p: Problem) -> str | None:
+    """Why pages of their size cannot be read by a kernel, if there are any."""
+    page = p.k.shape[1]
+    if p.table is None or (page >= 16 and page & (page - 1) == 0):
+        return None
+    return f"pages of {page} positions are no power of two from 16 on"
+
+
+def few_keys(p: Problem) -> str | None:
+    """Why reading them is no work for a kernel of its own."""
+    s = p.sizes[2]
+    return None if s >= 256 else f"{s} keys are few"
 
 
 def as_xla_slopes(attend: Callable[[Problem], jax.Array]) -> Callable[[Problem], jax.Array]:
@@ -116,7 +124,10 @@ def as_xla_slopes(attend: Callable[[Problem], jax.Array]) -> Callable[[Problem],
         """See `formax.layers.attention.attention`."""
         return attend(p)
 
-    attention.defvjp(lambda p: (attend(p), p), lambda p, slope: jax.vjp(xla.attention, p)[1](slope))
+    def by_xla(p: Problem) -> jax.Array:
+        return xla.attention(p.gathered())
+
+    attention.defvjp(lambda p: (attend(p), p), lambda p, slope: jax.vjp(by_xla, p)[1](slope))
     return attention
 
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 
 from formax.layers.attention import pallas_gpu
 from formax.layers.attention.bias import ALiBi
-from formax.layers.attention.decode import Pages, as_xla_slopes, fold_heads, unfold_heads
+from formax.layers.attention.decode import as_xla_slopes, few_keys, fold_heads, odd_pages, unfold_heads
 from formax.layers.attention.kernel import NOTHING, Facts, Plan, key_blocks, operands, plan_of, scores, spans
 from formax.layers.attention.pallas_gpu import added, dot, load, triton, unless_apart
 from formax.layers.attention.problem import Problem, target
@@ -25,7 +25,7 @@ PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
 def supports(p: Problem) -> str | None:
     """Few queries, without arrays of pairs."""
-    reason = pallas_gpu.supports(p)
+    reason = pallas_gpu.supports(p) or odd_pages(p)
     if reason is not None:
         return reason
     _, t, s, h, heads = p.sizes
@@ -40,15 +40,15 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it when there is much to read."""
-    return None if p.k.shape[1] >= 256 else f"{p.k.shape[1]} keys are few"
+    return few_keys(p)
 
 
-def attend(p: Problem, pages: Pages | None = None) -> jax.Array:
-    """The sums [B, T, H, Dv]; with `pages`, keys and values are there, and `p` has their shapes."""
+def attend(p: Problem) -> jax.Array:
+    """See `formax.layers.attention.attention`."""
     folded, groups = fold_heads(p)
     _, t, s, heads, _ = folded.sizes
     rows = max(16, pl.next_power_of_2(t))
-    keys = pages.k.shape[1] if pages is not None else next(n for n in (KEYS, 64, 32, 16) if s % n == 0)
+    keys = p.k.shape[1] if p.table is not None else next(n for n in (KEYS, 64, 32, 16) if s % n == 0)
     plan = replace(plan_of(replace(folded, bias=None, sinks=None), rows, keys), shared=groups)
     given = operands(replace(folded, bias=None, sinks=None), plan)
     if isinstance(p.bias, ALiBi):  # a slope for each row
@@ -56,11 +56,9 @@ def attend(p: Problem, pages: Pages | None = None) -> jax.Array:
         slopes = jnp.tile(p.bias.slopes.astype(jnp.float32).reshape(heads, groups), (1, -(-rows // groups)))
         given["slopes"] = slopes[:, :rows]
     q = jnp.pad(folded.q, ((0, 0), (0, rows - t), (0, 0), (0, 0)))
-    arrays = {"q": q, **given, **spans(plan, given)}
-    if pages is None:
-        arrays |= {"k": p.k, "v": p.v}
-    else:
-        arrays |= {"k": pages.k, "v": pages.v, "table": pages.table.astype(jnp.int32)}
+    arrays = {"q": q, **given, **spans(plan, given), "k": p.k, "v": p.v}
+    if p.table is not None:
+        arrays["table"] = p.table.astype(jnp.int32)
     out, most, total = _split(plan, target().interpret, arrays)  # [B, K, parts, rows, Dv], [B, K, parts, rows] twice
     if p.sinks is not None:
         own = jnp.tile(p.sinks.astype(jnp.float32).reshape(heads, 1, groups), (1, 1, -(-rows // groups)))[..., :rows]

@@ -17,7 +17,6 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from formax.layers.attention.bias import ALiBi, Bucketed, by_pairs
-from formax.layers.attention.mask import Mask
 from formax.layers.attention.problem import Problem, target
 
 NOTHING = -1e30  # the score of a pair that is not seen
@@ -25,9 +24,9 @@ DEAD = np.int32(-(2**31))  # the segment of keys that do not exist
 FAR = np.int32(2**31 - 1)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is known of all tiles when the kernel is made.
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Which tiles there are, as far as it is known when a program is made.
 
     Attributes:
         t: number of queries.
@@ -39,12 +38,6 @@ class Plan:
         causal: as in `Mask`; `left`, `right`, `dilation`, too.
         prefix: there is one.
         bounded: keys end before the last tile does, or by row.
-        ids: queries and keys have segments.
-        pairs: which of "dense" (booleans) and "added" (terms) there are.
-        slopes: "one way" or "both ways" for ALiBi.
-        steps: edges of a bias that is constant between them (0 for none), filled up to `width` numbers.
-        width: of what is learned of a bias by distance, a power of two.
-        sinks: there are some.
         shared: rows that are one query's, those of heads that share keys; more than one in decoding.
     """
 
@@ -60,12 +53,6 @@ class Plan:
     dilation: int
     prefix: bool
     bounded: bool
-    ids: bool
-    pairs: tuple[str, ...]
-    slopes: str | None
-    steps: int
-    width: int
-    sinks: bool
     shared: int = 1
 
     @property
@@ -79,6 +66,40 @@ class Plan:
         return self.blocks[0] * self.rows, self.blocks[1] * self.keys
 
     @property
+    def plain(self) -> bool:
+        """Whether a tile is seen whole unless its edges say otherwise."""
+        return self.dilation == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Tiles):
+    """What is known of all tiles when a kernel is made.
+
+    Attributes:
+        ids: queries and keys have segments.
+        pairs: which of "dense" (booleans) and "added" (terms) there are.
+        slopes: "one way" or "both ways" for ALiBi.
+        steps: edges of a bias that is constant between them (0 for none), filled up to `width` numbers.
+        width: of what is learned of a bias by distance, a power of two.
+        sinks: there are some.
+        heads: columns that are one key's, those of several heads, of which a row sees its own; then `Facts` say what
+            is where.
+    """
+
+    ids: bool
+    pairs: tuple[str, ...]
+    slopes: str | None
+    steps: int
+    width: int
+    sinks: bool
+    heads: int = 1
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a tile's scores."""
+        return self.rows, self.keys * self.heads
+
+    @property
     def masked(self) -> bool:
         """Whether any pair may not be seen."""
         bound = self.left is not None or self.right is not None
@@ -86,8 +107,7 @@ class Plan:
 
     @property
     def plain(self) -> bool:
-        """Whether a tile is seen whole unless its edges say otherwise."""
-        return not self.ids and self.dilation == 1 and "dense" not in self.pairs
+        return super().plain and not self.ids and "dense" not in self.pairs and self.heads == 1
 
 
 @dataclass(frozen=True)
@@ -102,10 +122,13 @@ class Facts:
         k_ids: [1, keys] segments of the tile's keys.
         dense: [rows or 1, keys or 1] of the tile, not zero where pairs are seen.
         added: [rows or 1, keys or 1] of the tile, terms.
-        slope: ALiBi's.
+        slope: ALiBi's, of all rows or [rows, 1].
         edge: `edge(r)`, the distance from which value r + 1 holds.
-        value: `value(r)` between edges.
+        value: `value(r)` between edges, of all rows or [rows, 1].
         below: `below(d)`, how many edges are not above d.
+        query: [rows, 1] number of each row's query, where columns are of several heads.
+        key: [1, columns] number in the tile of each column's key, likewise.
+        heads: [rows, 1] and [1, columns] whose they are, likewise.
     """
 
     offset: Any
@@ -119,13 +142,23 @@ class Facts:
     edge: Callable[[Any], Any] | None = None
     value: Callable[[Any], Any] | None = None
     below: Callable[[Any], Any] | None = None
+    query: Any = None
+    key: Any = None
+    heads: tuple[Any, Any] | None = None
+
+
+def tiles_of(p: Problem, rows: int, keys: int) -> dict[str, Any]:
+    """What `Tiles` of so many queries and keys have, for a call."""
+    m, (_, t, s, _, _) = p.mask, p.sizes
+    left, right = m.window or (None, None)
+    return {"t": t, "s": s, "rows": rows, "keys": keys, "scale": p.scale, "softcap": p.softcap, "causal": m.causal,
+            "left": left, "right": right, "dilation": m.dilation, "prefix": m.prefix is not None,
+            "bounded": m.kv_length is not None or s % keys > 0}  # fmt: skip
 
 
 def plan_of(p: Problem, rows: int, keys: int) -> Plan:
     """The static part of a call, for tiles of so many queries and keys."""
-    m, (_, t, s, _, _) = p.mask, p.sizes
-    left, right = m.window or (None, None)
-    pairs = ("dense",) * (m.dense is not None)
+    pairs = ("dense",) * (p.mask.dense is not None)
     slopes, steps = None, 0
     match p.bias:
         case None:
@@ -137,10 +170,9 @@ def plan_of(p: Problem, rows: int, keys: int) -> Plan:
         case _:
             pairs += ("added",)
     width = max(16, 1 << steps.bit_length())
-    ids = m.segments is not None or m.keys is not None
-    bounded = m.kv_length is not None or s % keys > 0
-    return Plan(t, s, rows, keys, p.scale, p.softcap, m.causal, left, right, m.dilation, m.prefix is not None, bounded,
-                ids, pairs, slopes, steps, width, p.sinks is not None)  # fmt: skip
+    ids, sinks = p.mask.segments is not None or p.mask.keys is not None, p.sinks is not None
+    tiles = tiles_of(p, rows, keys)
+    return Plan(**tiles, ids=ids, pairs=pairs, slopes=slopes, steps=steps, width=width, sinks=sinks)
 
 
 def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
@@ -149,16 +181,8 @@ def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
     `numbers` [B, 4]: offset, end and prefix. `q_ids` [B, T'], `k_ids` [B, S']. `dense` (8-bit) and `added` [B or 1,
     H or 1, T' or 1, S' or 1]. `learned` [H, width]: values between `edges` [width], or one slope. `sinks` [H, 1].
     """
-    m, (b, t, s, h, _) = p.mask, p.sizes
-    zero = jnp.zeros((), jnp.int32)
-    given = (m.q_offset, s if m.kv_length is None else jnp.minimum(m.kv_length, s), m.prefix if plan.prefix else zero)
-    columns = [jnp.broadcast_to(jnp.asarray(x, jnp.int32).reshape(-1), b) for x in (*given, zero)]
-    found: dict[str, jax.Array] = {"numbers": jnp.stack(columns, axis=1)}
-    tp, sp = plan.padded
-    if plan.ids:
-        of_q, of_k = segments_of(m, b, t, s)
-        found["q_ids"] = jnp.pad(of_q, ((0, 0), (0, tp - t)), mode="edge")
-        found["k_ids"] = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD)
+    m, (_, t, s, h, _) = p.mask, p.sizes
+    found = {"numbers": numbers_of(p), **ids_of(p, plan)}
     if "dense" in plan.pairs:
         found["dense"] = filled(m.dense, plan.padded).astype(jnp.int8)
     if p.bias is not None and "added" in plan.pairs:
@@ -174,22 +198,37 @@ def operands(p: Problem, plan: Plan) -> dict[str, jax.Array]:
     return found
 
 
-def spans(plan: Plan, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def numbers_of(p: Problem) -> jax.Array:
+    """Position of the first query, number of keys, and length of the prefix of each row, and a zero: [B, 4]."""
+    m, (b, _, s, _, _) = p.mask, p.sizes
+    given = m.q_offset, s if m.kv_length is None else jnp.minimum(m.kv_length, s), 0 if m.prefix is None else m.prefix
+    columns = [jnp.broadcast_to(jnp.asarray(x, jnp.int32).reshape(-1), b) for x in (*given, 0)]
+    return jnp.stack(columns, axis=1)
+
+
+def ids_of(p: Problem, tiles: Tiles) -> dict[str, jax.Array]:
+    """Segments, if there are any, as long as the tiles are: `q_ids`, `k_ids`, of keys that do not exist `DEAD`."""
+    m, (b, t, s, _, _), (tp, sp) = p.mask, p.sizes, tiles.padded
+    if m.segments is None and m.keys is None:
+        return {}
+    of_q, of_k = m.segments or (jnp.zeros((1, t), jnp.int32), jnp.zeros((1, s), jnp.int32))
+    of_k = of_k.astype(jnp.int32) if m.keys is None else jnp.where(m.keys, of_k.astype(jnp.int32), DEAD)
+    of_q, of_k = (jnp.broadcast_to(x, (b, x.shape[1])) for x in (of_q.astype(jnp.int32), of_k))
+    return {
+        "q_ids": jnp.pad(of_q, ((0, 0), (0, tp - t)), mode="edge"),
+        "k_ids": jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD),
+    }
+
+
+def spans(tiles: Tiles, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """The least and the largest segment of each block, `q_span` and `k_span` [B, blocks, 2], if there are segments."""
-    if not plan.ids:
+    if "q_ids" not in given:
         return {}
     of_q, of_k = (
-        given[name].reshape(len(given[name]), -1, n) for name, n in (("q_ids", plan.rows), ("k_ids", plan.keys))
+        given[name].reshape(len(given[name]), -1, n) for name, n in (("q_ids", tiles.rows), ("k_ids", tiles.keys))
     )
     least = jnp.where(of_k == DEAD, FAR, of_k).min(-1)
     return {"q_span": jnp.stack([of_q.min(-1), of_q.max(-1)], -1), "k_span": jnp.stack([least, of_k.max(-1)], -1)}
-
-
-def segments_of(m: Mask, b: int, t: int, s: int) -> tuple[jax.Array, jax.Array]:
-    """Ids of queries [B, T] and of keys [B, S]; those of keys that do not exist are `DEAD`."""
-    of_q, of_k = m.segments or (jnp.zeros((1, t), jnp.int32), jnp.zeros((1, s), jnp.int32))
-    of_k = of_k.astype(jnp.int32) if m.keys is None else jnp.where(m.keys, of_k.astype(jnp.int32), DEAD)
-    return jnp.broadcast_to(of_q.astype(jnp.int32), (b, t)), jnp.broadcast_to(of_k, (b, s))
 
 
 def filled(x: Any, padded: tuple[int, int]) -> jax.Array:
@@ -207,7 +246,7 @@ def lengthened(x: jax.Array, length: int) -> jax.Array:
 # --- which tiles there are
 
 
-def key_blocks(plan: Plan, i: Any, offset: Any, end: Any, prefix: Any) -> tuple[Any, Any, Any, Any]:
+def key_blocks(plan: Tiles, i: Any, offset: Any, end: Any, prefix: Any) -> tuple[Any, Any, Any, Any]:
     """Blocks of keys that block i of queries sees: (first, first whole, last whole + 1, last + 1).
 
     Those between the second and the third are seen whole, the others in part; where nothing is plain, none is whole.
@@ -230,7 +269,7 @@ def key_blocks(plan: Plan, i: Any, offset: Any, end: Any, prefix: Any) -> tuple[
     return start, whole_from, jnp.clip(div(jnp.maximum(whole_to, 0), plan.keys), whole_from, stop), stop
 
 
-def query_blocks(plan: Plan, j: Any, offset: Any, end: Any, prefix: Any) -> tuple[Any, Any]:
+def query_blocks(plan: Tiles, j: Any, offset: Any, end: Any, prefix: Any) -> tuple[Any, Any]:
     """First and last but one block of queries that see anything of block j of keys."""
     first = j * plan.keys
     start, stop = jnp.int32(0), jnp.int32(plan.t)
@@ -243,6 +282,30 @@ def query_blocks(plan: Plan, j: Any, offset: Any, end: Any, prefix: Any) -> tupl
         stop = jnp.minimum(stop, first + plan.keys + plan.left - offset)
     stop = jnp.where(first < end, stop, 0)
     return div(jnp.maximum(start, 0), plan.rows), div(jnp.maximum(stop, 0) + plan.rows - 1, plan.rows)
+
+
+def needed(plan: Plan, given: Mapping[str, jax.Array], *, of_keys: bool = False) -> dict[str, jax.Array]:
+    """`bounds`, first and last but one block that each block needs, and `whole`, keys that are seen whole: [n].
+
+    From `numbers` and, if there are segments, `spans`: for blocks of queries in each row, or `of_keys`.
+    """
+    queries, keys = plan.blocks
+    offset, end, prefix = (given["numbers"][:, n, None] for n in range(3))
+    of_queries = key_blocks(plan, jnp.arange(queries), offset, end, prefix)
+    bounds = query_blocks(plan, jnp.arange(keys), offset, end, prefix) if of_keys else of_queries[::3]
+    start, stop = (jnp.broadcast_to(x, (len(given["numbers"]), plan.blocks[of_keys])) for x in bounds)
+    if plan.ids:  # the segments may say more
+        q, k = (jnp.moveaxis(given[name], -1, 0) for name in ("q_span", "k_span"))
+        met = meet(q[:, :, :, None], k[:, :, None])
+        met = jnp.moveaxis(met, 1, 2) if of_keys else met
+        any_met, first = met.any(-1), jnp.argmax(met, -1)
+        last = met.shape[-1] - jnp.argmax(met[..., ::-1], -1)
+        start, stop = jnp.maximum(start, first), jnp.where(any_met, jnp.minimum(stop, last), 0)
+    found = {"bounds": jnp.stack([start, stop], -1).astype(jnp.int32).reshape(-1)}
+    if plan.masked and plan.plain:
+        shape = len(given["numbers"]), queries
+        found["whole"] = jnp.stack([jnp.broadcast_to(x, shape) for x in of_queries[1:3]], -1).reshape(-1)
+    return found
 
 
 def div(a: Any, b: int) -> Any:
@@ -267,7 +330,7 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
     if plan.softcap is not None:
         capped = plan.softcap * jnp.tanh(capped * (1 / plan.softcap))
     out = capped
-    shape = (plan.rows, plan.keys)
+    shape = plan.tile
     if plan.slopes is not None or plan.steps:
         ahead = _ahead(plan, i, j, facts)
         if plan.slopes is not None:
@@ -278,39 +341,60 @@ def scores(plan: Plan, raw: jax.Array, i: Any, j: Any, facts: Facts, *, whole: b
         out = out + facts.added.astype(jnp.float32)
     if whole:
         return out, capped, None
-    q = facts.offset + _query(plan, i)
-    k = j * plan.keys + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    parts = []
-    if plan.causal:
-        parts.append((k <= q) | (k < facts.prefix) if plan.prefix else k <= q)
-    if plan.left is not None:
-        parts.append(k >= q - plan.left)
-    if plan.right is not None:
-        parts.append(k <= q + plan.right)
-    if plan.dilation > 1:
-        parts.append(jax.lax.rem(jnp.abs(q - k), jnp.int32(plan.dilation)) == 0)
-    if plan.bounded:
-        parts.append(k < facts.end)
+    q = facts.offset + _query(plan, i, facts)
+    k = j * plan.keys + _key(plan, facts)
+    parts = in_sight(plan, q, k, facts.end, facts.prefix)
+    if facts.heads is not None:
+        parts.append(jnp.broadcast_to(facts.heads[0], shape) == jnp.broadcast_to(facts.heads[1], shape))
     if plan.ids:
         parts.append(jnp.broadcast_to(facts.q_ids, shape) == jnp.broadcast_to(facts.k_ids, shape))
     if "dense" in plan.pairs:
         parts.append(jnp.broadcast_to(facts.dense.astype(jnp.int32), shape) != 0)
+    return out, capped, all_of(parts)
+
+
+def in_sight(tiles: Tiles, q: Any, k: Any, end: Any, prefix: Any) -> list[Any]:
+    """What has to hold for queries at positions q to see keys at k, without arrays."""
+    parts = []
+    if tiles.causal:
+        parts.append((k <= q) | (k < prefix) if tiles.prefix else k <= q)
+    if tiles.left is not None:
+        parts.append(k >= q - tiles.left)
+    if tiles.right is not None:
+        parts.append(k <= q + tiles.right)
+    if tiles.dilation > 1:
+        parts.append(jax.lax.rem(jnp.abs(q - k), jnp.int32(tiles.dilation)) == 0)
+    if tiles.bounded:
+        parts.append(k < end)
+    return parts
+
+
+def all_of(parts: list[Any]) -> Any:
+    """Whether all of these hold; None if there are none."""
     seen = None
     for part in parts:
         seen = part if seen is None else seen & part
-    return out, capped, seen
+    return seen
 
 
 def _ahead(plan: Plan, i: Any, j: Any, facts: Facts) -> Any:
-    """How far each key is after each query: [rows, keys]."""
-    steps = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 1)
-    return steps + (j * plan.keys - facts.offset) - _query(plan, i)
+    """How far each key is after each query: [rows, columns]."""
+    return _key(plan, facts) + (j * plan.keys - facts.offset) - _query(plan, i, facts)
 
 
-def _query(plan: Plan, i: Any) -> Any:
-    """The number of each row's query: [rows, keys]."""
-    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 0)
+def _query(plan: Plan, i: Any, facts: Facts) -> Any:
+    """The number of each row's query: [rows, columns]."""
+    if facts.query is not None:
+        return jnp.broadcast_to(facts.query, plan.tile)
+    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, plan.tile, 0)
     return row if plan.shared == 1 else div(row, plan.shared)
+
+
+def _key(plan: Plan, facts: Facts) -> Any:
+    """The number in the tile of each column's key: [rows, columns]."""
+    if facts.key is not None:
+        return jnp.broadcast_to(facts.key, plan.tile)
+    return jax.lax.broadcasted_iota(jnp.int32, plan.tile, 1)
 
 
 def far(plan: Plan, ahead: Any) -> Any:
@@ -320,13 +404,13 @@ def far(plan: Plan, ahead: Any) -> Any:
 
 def _edges(plan: Plan, i: Any, j: Any, facts: Facts) -> tuple[Any, Any]:
     """Edges within a tile: from the first to the last but one. Few tiles have any: far away all is one bucket."""
-    nearest = j * plan.keys - facts.offset - i * plan.rows
+    first, last = (j * plan.keys - facts.offset - div(i * plan.rows + n, plan.shared) for n in (plan.rows - 1, 0))
     assert facts.below is not None
-    return facts.below(nearest - (plan.rows - 1)), facts.below(nearest + plan.keys - 1)
+    return facts.below(first), facts.below(last + plan.keys - 1)
 
 
 def _between(plan: Plan, i: Any, j: Any, ahead: Any, facts: Facts) -> Any:
-    """Terms of a bias that is constant between edges, [rows, keys]."""
+    """Terms of a bias that is constant between edges, [rows, columns]."""
     first, last = _edges(plan, i, j, facts)
     edge, value = facts.edge, facts.value
     assert edge is not None
@@ -335,7 +419,7 @@ def _between(plan: Plan, i: Any, j: Any, ahead: Any, facts: Facts) -> Any:
     def step(r: Any, out: Any) -> Any:
         return out + jnp.where(ahead >= edge(r), value(r + 1) - value(r), 0.0)
 
-    return jax.lax.fori_loop(first, last, step, jnp.full((plan.rows, plan.keys), value(first), jnp.float32))
+    return jax.lax.fori_loop(first, last, step, jnp.broadcast_to(value(first), plan.tile))
 
 
 def learned_slopes(plan: Plan, ds: Any, i: Any, j: Any, facts: Facts) -> Any:

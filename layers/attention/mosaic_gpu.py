@@ -20,17 +20,30 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from formax.layers.attention import pallas_gpu
-from formax.layers.attention.kernel import NOTHING, Facts, Kernels, Plan, attend, key_blocks, plan_of, scores
+from formax.layers.attention.bias import ALiBi, Bucketed
+from formax.layers.attention.kernel import (
+    NOTHING,
+    Facts,
+    Kernels,
+    Plan,
+    attend,
+    key_blocks,
+    needed,
+    plan_of,
+    scores,
+    spans,
+)
 from formax.layers.attention.problem import Problem, target
 
 PROVEN = False  # tests/test_attention_backends.py on a Hopper
 GROUPS = 2  # warp groups that compute
-ROWS, KEYS = 64, 128  # queries of a warp group, keys of a tile
+ROWS = 64  # queries of a warp group
+KEYS = {64: 128, 96: 128, 128: 128, 256: 64}  # of a tile, by channels: what shared memory and registers hold
 STAGES = 2  # tiles of keys that are held at once
 
 
 def supports(p: Problem) -> str | None:
-    """Half precision, heads of 64 or 128 channels, masks and biases without arrays."""
+    """Half precision, heads of 64 to 256 channels, masks and biases without arrays of pairs."""
     if importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
         return f"jax {jax.__version__} has no Mosaic GPU"
     if jax.default_backend() == "gpu" and not (capability := jax.devices()[0].compute_capability).startswith("9."):
@@ -40,15 +53,12 @@ def supports(p: Problem) -> str | None:
     if p.q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"computes in bfloat16 and float16, not {p.q.dtype}"
     d, dv = p.q.shape[3], p.v.shape[3]
-    if d != dv or d not in (64, 128):
-        return f"heads of {d} and {dv} channels; both must be 64 or 128"
+    if d != dv or d not in KEYS:
+        return f"heads of {d} and {dv} channels; both must be 64, 96, 128 or 256"
     if p.dropout:
         return "drops no weights"
-    m = p.mask
-    if m.dense is not None or m.keys is not None or m.segments is not None:
-        return "a mask with arrays (dense, keys, segments) is not fetched"
-    if p.bias is not None:
-        return "adds up no bias"
+    if p.mask.dense is not None or not (p.bias is None or isinstance(p.bias, ALiBi | Bucketed)):
+        return "fetches no arrays of pairs, of a mask or a bias"
     return None
 
 
@@ -63,7 +73,7 @@ def suits(p: Problem) -> str | None:
 
 def attention(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
-    plan = plan_of(p, GROUPS * ROWS, KEYS)
+    plan = plan_of(p, GROUPS * ROWS, KEYS[p.q.shape[3]])
     return attend(KERNELS, p, plan)
 
 
@@ -73,17 +83,23 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
     q, k, v = (given[name] for name in "qkv")
     b, tp, h, d = q.shape
     shared = h // k.shape[2]
-    sinks = given.get("sinks", jnp.zeros((h, 1), jnp.float32))
-    one = replace(plan, rows=ROWS)  # a warp group's tile
+    if plan.ids:  # which keys it needs takes a look at all segments
+        found = needed(plan, {**given, **spans(plan, given)})["bounds"]
+        given = {**given, "bounds": found.reshape(b, -1, 2)}
+    names = [name for name in ("numbers", "sinks", "edges", "learned", "q_ids", "k_ids", "bounds") if name in given]
+    one, tile_of = replace(plan, rows=ROWS), (ROWS, plan.keys)  # a warp group's tile
 
-    def kernel(
-        q_ref: Any, k_ref: Any, v_ref: Any, numbers: Any, sinks: Any, out: Any, logs: Any, *scratch: Any
-    ) -> None:
-        own, own_logs, arrived, turn = scratch
+    def kernel(q_ref: Any, k_ref: Any, v_ref: Any, *more: Any) -> None:
+        refs = dict(zip(names, more, strict=False))
+        out, logs, own, own_logs, own_ids, arrived, turn = more[len(names) :]
+        numbers = refs["numbers"]
         row, head, group = jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("group")
         block = jax.lax.axis_index("block")
         offset, end, prefix = (numbers[row, n] for n in range(3))
-        first, *_, last = key_blocks(plan, block, offset, end, prefix)
+        if plan.ids:
+            first, last = (refs["bounds"][row, block, n] for n in range(2))
+        else:
+            first, *_, last = key_blocks(plan, block, offset, end, prefix)
         # Both warp groups see the same tiles: those that either of them needs.
         count = jnp.maximum(last - first, 0)
         mine = block * GROUPS + group
@@ -96,7 +112,12 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             queries = own.at[group]
             mg.copy_gmem_to_smem(q_ref.at[row, pl.ds(mine * ROWS, ROWS), head], queries, arrived.at[group])
             mg.barrier_wait(arrived.at[group])
-            start = sinks[head, 0] if plan.sinks else jnp.float32(NOTHING)
+            if plan.ids:
+                mg.copy_gmem_to_smem(
+                    refs["q_ids"].at[row, pl.ds(mine * ROWS, ROWS)], own_ids.at[group], arrived.at[group]
+                )
+                mg.barrier_wait(arrived.at[group])
+            start = refs["sinks"][head, 0] if plan.sinks else jnp.float32(NOTHING)
             carry = (
                 jnp.zeros((ROWS, d), jnp.float32),
                 jnp.full((ROWS,), start, jnp.float32),
@@ -114,7 +135,12 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             mg.copy_smem_to_gmem(own_logs.at[group], logs.at[row, head, pl.ds(mine * ROWS, ROWS)])
             mg.wait_smem_to_gmem(0)
 
-        def tile(at: Any, keys: Any, values: Any, keys_used: Any, values_used: Any, carry: Any) -> Any:
+        def learned(r: Any) -> Any:
+            return refs["learned"][head, r]
+
+        def tile(at: Any, keys: Any, values: Any, *more: Any) -> Any:
+            n = len(parts) - 2  # what is fetched beside keys and values
+            k_ids, (keys_used, values_used, *ids_used), carry = more[:n], more[n:-1], more[-1]
             sums, most, total = carry
             j = first + at[0]
 
@@ -123,9 +149,22 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
                 take_turns()  # the tensor cores are the other's now
                 return acc[...]
 
-            raw = pl.run_scoped(multiply, mg.ACC((ROWS, KEYS), jnp.float32))
+            raw = pl.run_scoped(multiply, mg.ACC(tile_of, jnp.float32))
             mg.barrier_arrive(keys_used)
-            found, _, seen = scores(one, raw, mine, j, Facts(offset, end, prefix), whole=not plan.masked)
+            facts = Facts(
+                offset,
+                end,
+                prefix,
+                jax.lax.broadcast_in_dim(own_ids.at[group][...], tile_of, [0]) if plan.ids else None,
+                jax.lax.broadcast_in_dim(k_ids[0][...], tile_of, [1]) if plan.ids else None,
+                slope=learned(0) if plan.slopes else None,
+                edge=lambda r: refs["edges"][r],
+                value=learned,
+                below=lambda far: sum((refs["edges"][r] <= far).astype(jnp.int32) for r in range(plan.steps)),
+            )
+            found, _, seen = scores(one, raw, mine, j, facts, whole=not plan.masked)
+            for used in ids_used:
+                mg.barrier_arrive(used)
             if seen is not None:
                 found = jnp.where(seen, found, NOTHING)
             new = jnp.maximum(most, found.max(axis=1))
@@ -141,7 +180,10 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             mg.barrier_arrive(values_used)
             return sums, new, total
 
-        part = mg.BlockSpec(block_shape=(KEYS, d), index_map=lambda j: (first + j, 0))
+        part = mg.BlockSpec(block_shape=(plan.keys, d), index_map=lambda j: (first + j, 0))
+        parts = [part, part]
+        if plan.ids:
+            parts.append(mg.BlockSpec(block_shape=(plan.keys,), index_map=lambda j: (first + j,)))
         run = mg.emit_pipeline_warp_specialized(
             tile,
             grid=(count,),
@@ -151,10 +193,11 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             wg_axis="group",
             manual_consumed_barriers=True,
             compute_context=compute,
-            in_specs=[part, part],
+            in_specs=parts,
         )
         of_keys = jax.lax.div(head, jnp.int32(shared))
-        run(k_ref.at[row, :, of_keys, :], v_ref.at[row, :, of_keys, :])
+        arrays = [k_ref.at[row, :, of_keys, :], v_ref.at[row, :, of_keys, :]]
+        run(*arrays, *([refs["k_ids"].at[row]] if plan.ids else []))
 
     made = mg.kernel(
         kernel,
@@ -166,12 +209,13 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
         scratch_types=[
             mg.SMEM((GROUPS, ROWS, d), q.dtype),
             mg.SMEM((GROUPS, ROWS), jnp.float32),
+            mg.SMEM((GROUPS, ROWS), jnp.int32),
             mg.Barrier(num_barriers=GROUPS),
             mg.Barrier(num_arrivals=GROUPS),
         ],
         compiler_params=mg.CompilerParams(approx_math=True, lowering_semantics=mg.LoweringSemantics.Warpgroup),
     )
-    return made(q, k, v, given["numbers"], sinks)
+    return made(q, k, v, *(given[name] for name in names))
 
 
 KERNELS = Kernels(forward, pallas_gpu.backward)

@@ -58,12 +58,13 @@ class PagedCache(Cache):
         Where there is more than causality and a window, the pages of each text are gathered first.
         """
         cache = self._appended(k, v)
-        pages = Pages(cache.k.astype(q.dtype), cache.v.astype(q.dtype), self.table, self.length + q.shape[1])
+        pool_k, pool_v = cache.k.astype(q.dtype), cache.v.astype(q.dtype)
         if bias is None and how.get("key") is None and _is_plain(mask):
             window = None if mask.window is None or mask.window[0] is None else mask.window[0] + 1
             own = {name: x for name, x in how.items() if name not in ("dropout", "key")}
+            pages = Pages(pool_k, pool_v, self.table, self.length + q.shape[1])
             return paged_attention(q, pages, window=window, **own), cache
-        keys, values = pages.gathered()
+        keys, values = _gathered(pool_k, self.table), _gathered(pool_v, self.table)
         bias = bias(q, keys) if callable(bias) else bias
         return attention(q, keys, values, mask=mask, bias=bias, **how), cache
 
@@ -80,6 +81,12 @@ class PagedCache(Cache):
 
         length = jnp.maximum(self.length, jnp.minimum(self.length + count, self.stop))
         return replace(self, k=put(self.k, k), v=put(self.v, v), length=length)
+
+
+def _gathered(pool: jax.Array, table: jax.Array) -> jax.Array:
+    """All pages of every text, in order: [pages, page, K, D] and [B, N] -> [B, N * page, K, D]."""
+    found = jnp.take(pool, table, axis=0, mode="clip")
+    return found.reshape(len(table), -1, *pool.shape[2:])
 
 
 def _is_plain(mask: Mask) -> bool:

@@ -26,11 +26,10 @@ from formax.layers.attention.kernel import (
     Kernels,
     Plan,
     attend,
-    key_blocks,
     learned_slopes,
     meet,
+    needed,
     plan_of,
-    query_blocks,
     scores,
     slopes_of,
     spans,
@@ -54,8 +53,11 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it from a block of queries on, where it is known over which devices a program is split."""
-    if (reason := fewer_queries_than(LANES, p)) is not None:
-        return reason
+    return fewer_queries_than(LANES, p) or undivided()
+
+
+def undivided() -> str | None:
+    """Why a kernel had to be split by XLA, which cannot."""
     several = target().platform == jax.default_backend() and jax.device_count() > 1
     if several and mesh.current() is None and jax.sharding.get_abstract_mesh().empty:
         return f"one of {jax.device_count()} devices, or all? XLA cannot split it, jax.set_mesh can"
@@ -132,7 +134,7 @@ class Grid:
         return min(all_of_them, pl.cdiv(mine + plan.left + right - 1, other) + 1)
 
     def place(self, ids: tuple[Any, ...], bounds: Any) -> dict[str, Any]:
-        """Of the step with these numbers, from `bounds` as `needed` has them: the row, heads, blocks and what to load.
+        """Of the step with these numbers, from the `bounds` that `needed` finds: row, heads, blocks, and what to load.
 
         `load` is the other side's block: where a step has nothing to do, it is the last one that was needed.
         """
@@ -148,26 +150,6 @@ class Grid:
         active = (other >= start) & (other < stop)
         return {"row": b, "head": head, "shared": shared, "i": i, "j": j, "query": load_i, "key": load_j,
                 "active": active}  # fmt: skip
-
-    def needed(self, given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """`bounds`, first and last but one block that each block needs, and `whole`, keys that are seen whole: [n]."""
-        plan, (queries, keys) = self.plan, self.plan.blocks
-        offset, end, prefix = (given["numbers"][:, n, None] for n in range(3))
-        of_queries = key_blocks(plan, jnp.arange(queries), offset, end, prefix)
-        bounds = query_blocks(plan, jnp.arange(keys), offset, end, prefix) if self.of_keys else of_queries[::3]
-        start, stop = (jnp.broadcast_to(x, (len(given["numbers"]), self.blocks)) for x in bounds)
-        if plan.ids:  # the segments may say more
-            q, k = (jnp.moveaxis(given[name], -1, 0) for name in ("q_span", "k_span"))
-            met = meet(q[:, :, :, None], k[:, :, None])
-            met = jnp.moveaxis(met, 1, 2) if self.of_keys else met
-            any_met, first = met.any(-1), jnp.argmax(met, -1)
-            last = met.shape[-1] - jnp.argmax(met[..., ::-1], -1)
-            start, stop = jnp.maximum(start, first), jnp.where(any_met, jnp.minimum(stop, last), 0)
-        found = {"bounds": jnp.stack([start, stop], -1).astype(jnp.int32).reshape(-1)}
-        if plan.masked and plan.plain:
-            shape = len(given["numbers"]), queries
-            found["whole"] = jnp.stack([jnp.broadcast_to(x, shape) for x in of_queries[1:3]], -1).reshape(-1)
-        return found
 
     def parts(self, given: Mapping[str, Any]) -> dict[str, pl.BlockSpec]:
         """Which part of each array a step sees."""
@@ -403,7 +385,7 @@ def call(
     `scratch` are shapes of what is kept from step to step, in float32.
     """
     given = {**given, **spans(grid.plan, given)}
-    given |= grid.needed(given)
+    given |= needed(grid.plan, given, of_keys=grid.of_keys)
     scalars = {name: given[name].reshape(-1) for name in SCALARS if name in given}
     arrays = {name: x for name, x in given.items() if name not in SCALARS}
     b, h, heads = len(given["q"]), given["q"].shape[1], given["k"].shape[1]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from formax.layers.attention.mask import Mask
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["q", "k", "v", "mask", "bias", "sinks", "key"],
+    data_fields=["q", "k", "v", "mask", "bias", "sinks", "key", "table"],
     meta_fields=["scale", "softcap", "dropout"],
 )
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Problem:
     """Arguments of `attention`, with the defaults filled in. Arrays may be shapes alone (`jax.ShapeDtypeStruct`).
 
     B rows, T queries, S keys, H heads of queries, K of keys and values, in groups of G = H / K; heads of D and Dv
-    channels. With no `dropout` there is no `key`.
+    channels. With no `dropout` there is no `key`. With a `table` [B, N] keys and values are in pages, [pages, page, K,
+    D] and [.., Dv], of which it names those of each row in order: S is N * page.
     """
 
     q: jax.Array
@@ -41,12 +42,23 @@ class Problem:
     scale: float
     softcap: float | None
     dropout: float
+    table: jax.Array | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
         """B, T, S, H, K."""
         b, t, h, _ = self.q.shape
-        return b, t, self.k.shape[1], h, self.k.shape[2]
+        s = self.k.shape[1] * (1 if self.table is None else self.table.shape[1])
+        return b, t, s, h, self.k.shape[2]
+
+    def gathered(self) -> Problem:
+        """The same without pages: keys and values of each row, copied together."""
+        if self.table is None:
+            return self
+        k, v = (jnp.take(x, self.table, axis=0, mode="clip") for x in (self.k, self.v))  # [B, N, page, K, D]
+        b, _, s, _, _ = self.sizes
+        k, v = (x.reshape(b, s, *x.shape[3:]) for x in (k, v))
+        return replace(self, k=k, v=v, table=None)
 
     @property
     def table_bytes(self) -> int:
@@ -62,8 +74,8 @@ class Problem:
 
 def problem(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Any,
+    v: Any,
     *,
     mask: Mask | None = None,
     bias: Bias | None = None,
@@ -115,7 +127,7 @@ def fewer_queries_than(block: int, p: Problem) -> str | None:
 
 @dataclass(frozen=True)
 class Target:
-    """What programs are made for: a platform of JAX ("cpu", "cuda", "tpu"), or its kernels interpreted here."""
+    """What programs are made for: a platform of JAX ("cpu", "cuda", "tpu", ..), or its kernels interpreted here."""
 
     platform: str
     interpret: bool = False
@@ -126,8 +138,12 @@ _target: ContextVar[Target | None] = ContextVar("formax_attention_target", defau
 
 def target() -> Target:
     """What programs are made for at the moment: the default device, unless `compile_for` says otherwise."""
+    if (said := _target.get()) is not None:
+        return said
     backend = jax.default_backend()
-    return _target.get() or Target("cuda" if backend == "gpu" else backend)
+    if backend == "gpu":  # of either maker
+        backend = "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
+    return Target(backend)
 
 
 @contextmanager

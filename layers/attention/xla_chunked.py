@@ -17,12 +17,25 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from formax.layers.attention.bias import ALiBi, Bucketed, by_distance, by_pairs
-from formax.layers.attention.kernel import DEAD, FAR, NOTHING, filled, segments_of
+from formax.layers.attention.kernel import (
+    NOTHING,
+    Tiles,
+    all_of,
+    filled,
+    ids_of,
+    in_sight,
+    key_blocks,
+    meet,
+    numbers_of,
+    query_blocks,
+    spans,
+    tiles_of,
+)
 from formax.layers.attention.problem import Problem, target
 
 ROWS, KEYS, STREAMS = 512, 512, 2  # of a tile: queries (of all heads that share keys), keys, heads at once
 # Tables of scores, in bytes, up to which they are better made at once (benchmarks/attention.py).
-SMALL = {"cpu": 2**19, "cuda": 2**28, "tpu": 2**28}
+SMALL, SMALL_ON_CPU = 2**28, 2**19
 
 
 def supports(p: Problem) -> str | None:
@@ -32,7 +45,7 @@ def supports(p: Problem) -> str | None:
 
 def suits(p: Problem) -> str | None:
     """Worth it where the table of scores is large, and the queries are not one or two."""
-    limit = SMALL[target().platform]
+    limit = SMALL_ON_CPU if target().platform == "cpu" else SMALL
     if p.table_bytes <= limit:
         return f"a table of scores of {p.table_bytes / 2**20:.3g} MiB is made at once up to {limit / 2**20:.3g} MiB"
     if p.q.shape[1] < 8:
@@ -40,49 +53,28 @@ def suits(p: Problem) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Form:
+@dataclass(frozen=True, kw_only=True)
+class Form(Tiles):
     """What is known of the tiles when the program is made.
 
     C chunks, each of N `streams` (heads of keys) of one row of the batch; in a tile R = G * `rows` queries (those of
-    the G heads that share keys, head by head) and `keys` keys. T and S are the true lengths.
+    the G heads that share keys, head by head) and `keys` keys.
     """
 
-    rows: int
-    keys: int
     groups: int
     streams: int
     per_row: int  # chunks of a row of the batch
-    t: int
-    s: int
-    scale: float
-    softcap: float | None
     dropout: float
-    causal: bool
-    left: int | None
-    right: int | None
-    dilation: int
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """Tiles along the queries, and along the keys."""
-        return -(-self.t // self.rows), -(-self.s // self.keys)
-
-    @property
-    def padded(self) -> tuple[int, int]:
-        """Lengths that the tiles make up."""
-        return self.blocks[0] * self.rows, self.blocks[1] * self.keys
 
 
 def attention(p: Problem) -> jax.Array:
     """See `formax.layers.attention.attention`."""
     b, t, s, h, heads = p.sizes
-    groups, m = h // heads, p.mask
+    groups = h // heads
     streams = max(n for n in range(1, heads + 1) if heads % n == 0 and n * groups <= max(STREAMS, groups))
-    left, right = m.window or (None, None)
     rows, keys = even(t, max(8, ROWS // groups)), even(s, KEYS)
-    numbers = p.scale, p.softcap, p.dropout
-    form = Form(rows, keys, groups, streams, heads // streams, t, s, *numbers, m.causal, left, right, m.dilation)
+    tiles = tiles_of(p, rows, keys)
+    form = Form(**tiles, groups=groups, streams=streams, per_row=heads // streams, dropout=p.dropout)
     blocks, (tp, sp) = form.blocks, form.padded
 
     def by_stream(x: jax.Array, length: int) -> jax.Array:
@@ -121,22 +113,14 @@ def _bias(p: Problem, form: Form) -> dict[str, jax.Array] | None:
 
 def _facts(p: Problem, form: Form) -> dict[str, Any]:
     """What the mask says, by row of the batch; whatever is None is not asked about in any tile."""
-    m, (b, t, s, _, _), (tp, sp) = p.mask, p.sizes, form.padded
-    numbers = {"offset": m.q_offset, "end": form.s if m.kv_length is None else jnp.minimum(m.kv_length, form.s)}
-    facts: dict[str, Any] = {name: jnp.broadcast_to(jnp.asarray(x, jnp.int32), b) for name, x in numbers.items()}
-    facts["prefix"] = None if m.prefix is None else jnp.broadcast_to(m.prefix.astype(jnp.int32), b)
-    facts["bounded"] = () if m.kv_length is not None or sp > s else None
-    facts["dense"] = None if m.dense is None else filled(m.dense, form.padded)
-    facts["key"] = p.key
-    ids = None
-    if m.segments is not None or m.keys is not None:
-        of_q, of_k = segments_of(m, b, t, s)
-        of_q = jnp.pad(of_q, ((0, 0), (0, tp - t)), mode="edge").reshape(b, -1, form.rows)
-        of_k = jnp.pad(of_k, ((0, 0), (0, sp - s)), constant_values=DEAD).reshape(b, -1, form.keys)
-        least = jnp.where(of_k == DEAD, FAR, of_k).min(-1)
-        ids = {"q": of_q, "k": of_k, "q_least": of_q.min(-1), "q_most": of_q.max(-1), "k_least": least,
-               "k_most": of_k.max(-1)}  # fmt: skip
-    return facts | {"ids": ids}
+    ids: Any = ids_of(p, form)
+    if ids:
+        ids |= spans(form, ids)
+        ids |= {
+            name: ids[name].reshape(len(ids[name]), -1, n) for name, n in (("q_ids", form.rows), ("k_ids", form.keys))
+        }
+    dense = None if p.mask.dense is None else filled(p.mask.dense, form.padded)
+    return {"numbers": numbers_of(p)[:, :3], "dense": dense, "key": p.key, "ids": ids or None}
 
 
 # --- one tile
@@ -232,29 +216,16 @@ def gather_up(x: jax.Array) -> jax.Array:
 def _seen(form: Form, facts: Any, c: Any, i: Any, j: Any) -> jax.Array | None:
     """Which pairs of a tile are seen, [N or 1, G or 1, rows or 1, keys or 1]."""
     b = c // form.per_row
-    q = (facts["offset"][b] + i * form.rows + jnp.arange(form.rows))[:, None]
+    offset, end, prefix = facts["numbers"][b]
+    q = (offset + i * form.rows + jnp.arange(form.rows))[:, None]
     k = j * form.keys + jnp.arange(form.keys)[None]
-    parts = []
-    if form.causal:
-        parts.append(k <= q if facts["prefix"] is None else (k <= q) | (k < facts["prefix"][b]))
-    if form.left is not None:
-        parts.append(k >= q - form.left)
-    if form.right is not None:
-        parts.append(k <= q + form.right)
-    if form.dilation > 1:
-        parts.append((q - k) % form.dilation == 0)
-    if facts["bounded"] is not None:
-        parts.append(k < facts["end"][b])
+    parts = in_sight(form, q, k, end, prefix)
     if facts["ids"] is not None:
-        parts.append(facts["ids"]["q"][b, i][:, None] == facts["ids"]["k"][b, j][None])
-    seen: jax.Array | None = None
-    for part in parts:
-        seen = part if seen is None else seen & part
-    seen = None if seen is None else seen[None, None]
+        parts.append(facts["ids"]["q_ids"][b, i][:, None] == facts["ids"]["k_ids"][b, j][None])
+    parts = [part[None, None] for part in parts]
     if facts["dense"] is not None:
-        tile = _pairs_tile(form, facts["dense"], c, i, j)
-        seen = tile if seen is None else seen & tile
-    return seen
+        parts.append(_pairs_tile(form, facts["dense"], c, i, j))
+    return all_of(parts)
 
 
 # --- which tiles there are
@@ -262,32 +233,13 @@ def _seen(form: Form, facts: Any, c: Any, i: Any, j: Any) -> jax.Array | None:
 
 def _key_blocks(form: Form, facts: Any, c: Any, i: Any) -> tuple[Any, Any]:
     """First and last but one block of keys that block i of queries sees anything of."""
-    b = c // form.per_row
-    first = facts["offset"][b] + i * form.rows
-    last = first + form.rows - 1
-    end = facts["end"][b]
-    if form.causal:
-        end = jnp.minimum(end, last + 1 if facts["prefix"] is None else jnp.maximum(last + 1, facts["prefix"][b]))
-    if form.right is not None:
-        end = jnp.minimum(end, last + form.right + 1)
-    start = jnp.zeros((), jnp.int32) if form.left is None else jnp.maximum(0, first - form.left)
-    return start // form.keys, -(-jnp.maximum(end, 0) // form.keys)
+    first, *_, last = key_blocks(form, i, *facts["numbers"][c // form.per_row])
+    return first, last
 
 
 def _query_blocks(form: Form, facts: Any, c: Any, j: Any) -> tuple[Any, Any]:
     """First and last but one block of queries that see anything of block j of keys."""
-    b, first = c // form.per_row, j * form.keys
-    start, end = jnp.zeros((), jnp.int32), jnp.asarray(form.t, jnp.int32)
-    offset = facts["offset"][b]
-    if form.causal:
-        earliest = first - offset
-        start = earliest if facts["prefix"] is None else jnp.where(first < facts["prefix"][b], 0, earliest)
-    if form.right is not None:
-        start = jnp.maximum(start, first - form.right - offset)
-    if form.left is not None:
-        end = jnp.minimum(end, first + form.keys + form.left - offset)
-    end = jnp.where(first < facts["end"][b], end, 0)
-    return jnp.maximum(start, 0) // form.rows, -(-jnp.maximum(end, 0) // form.rows)
+    return query_blocks(form, j, *facts["numbers"][c // form.per_row])
 
 
 def _unless_apart(form: Form, facts: Any, c: Any, i: Any, j: Any, run: Any, carry: Any) -> Any:
@@ -295,8 +247,7 @@ def _unless_apart(form: Form, facts: Any, c: Any, i: Any, j: Any, run: Any, carr
     if facts["ids"] is None:
         return run(carry)
     ids, b = facts["ids"], c // form.per_row
-    meet = (ids["q_least"][b, i] <= ids["k_most"][b, j]) & (ids["k_least"][b, j] <= ids["q_most"][b, i])
-    return jax.lax.cond(meet, run, lambda carry: carry, carry)
+    return jax.lax.cond(meet(ids["q_span"][b, i], ids["k_span"][b, j]), run, lambda carry: carry, carry)
 
 
 def _kept(form: Form, facts: Any, c: Any, i: Any, j: Any, shape: tuple[int, ...]) -> jax.Array:

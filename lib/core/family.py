@@ -9,7 +9,6 @@ from typing import Any
 from formax.core.config import Config
 from formax.core.spec import Spec, table
 
-
 # Tasks of architectures whose scores are of a next token.
 WRITING = (
     "ForCausalLM",

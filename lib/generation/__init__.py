@@ -7,6 +7,7 @@ from formax.generation.config import (
     SynthIDTextWatermarkingConfig,
     WatermarkingConfig,
 )
+from formax.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
 from formax.generation.engine import Engine
 from formax.generation.outputs import transition_scores
 from formax.generation.processors import processors_of, then
@@ -15,10 +16,12 @@ from formax.generation.stopping import MaxTime, any_of, criteria_of, stop_string
 from formax.generation.watermark import SynthIDDetector, WatermarkDetector, WatermarkReport
 
 __all__ = [
+    "DisjunctiveConstraint",
     "Engine",
     "GenerationConfig",
     "GenerationMode",
     "MaxTime",
+    "PhrasalConstraint",
     "Rule",
     "SynthIDDetector",
     "SynthIDTextWatermarkingConfig",

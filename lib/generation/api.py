@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.generation import sampling
+from formax.generation import assisted, beams, contrastive, groups, sampling
 from formax.generation.config import GenerationConfig, GenerationMode
-from formax.generation.outputs import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
-from formax.generation.task import Task, negative_of, task_of
+from formax.generation.task import Task, task_of
 from formax.model import Model
-
-# Tokens between two looks at the clock.
-BETWEEN = 8
 
 
 def generate(
@@ -84,10 +80,21 @@ def generate(
     )
     key = _key(task, key)
     match task.mode:
-        case GenerationMode.GREEDY | GenerationMode.SAMPLE:
-            return _one_by_one(task, key, streamer, negative_prompt_ids, negative_prompt_attention_mask)
+        case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
+            own: Callable[[], Any] = partial(beams.write, task, key)
+        case GenerationMode.GROUP_BEAM | GenerationMode.CONSTRAINED_BEAM:
+            own = partial(groups.write, task)
+        case GenerationMode.CONTRASTIVE:
+            own = partial(contrastive.write, task)
+        case GenerationMode.ASSISTED:
+            what = {"inputs": inputs, "given": arguments}
+            return assisted.write(task, key, assistant_model, what, streamer)
         case _:
-            raise NotImplementedError(f"{task.mode.value} is not there yet")
+            negative = negative_prompt_ids, negative_prompt_attention_mask
+            return sampling.write(task, key, streamer, *negative)
+    if streamer is not None:
+        raise ValueError(f"{task.mode.value} knows its text only at the end: it has nothing to stream")
+    return own()
 
 
 def stream(
@@ -109,132 +116,14 @@ def stream(
     key, negative = arguments.pop("key", None), arguments.pop("negative_prompt_ids", None)
     negative_mask = arguments.pop("negative_prompt_attention_mask", None)
     task = task_of(model, inputs, generation_config, **own, given=arguments)
-    if task.mode not in (GenerationMode.GREEDY, GenerationMode.SAMPLE):
-        raise ValueError(f"{task.mode.value} knows its text only at the end: stream() is for greedy search and sampling")
-    return _tokens(task, _key(task, key), negative, negative_mask)
+    if task.mode not in (GenerationMode.GREEDY, GenerationMode.SAMPLE, GenerationMode.DOLA):
+        raise ValueError(
+            f"{task.mode.value} knows its text only at the end: stream() is for greedy search and sampling"
+        )
+    return sampling.tokens_of(task, _key(task, key), negative, negative_mask)
 
 
-def _tokens(task: Task, key: Any, negative: Any, negative_mask: Any) -> Iterator[np.ndarray]:
-    how, rules = _how(task), _rules(task)
-    other, how = _negative(task, how, negative, negative_mask)
-    texts, _ = sampling.begin(task.model, task.prompt, rules, key, other, how=how)
-    until = int(task.prompt.length) + 1
-    texts, over, last = sampling.go(task.model, texts, rules, jnp.int32(until), how=how)
-    while True:
-        until += 1
-        # The next token is on its way while this one is looked at.
-        ahead = sampling.go(task.model, texts, rules, jnp.int32(until), how=how)
-        yield np.asarray(last)
-        if over or (task.clock is not None and task.clock()):
-            return
-        texts, over, last = ahead
-
-
-def _one_by_one(task: Task, key: Any, streamer: Any, negative: Any, negative_mask: Any) -> Any:
-    """Greedy search and sampling."""
-    how, rules = _how(task), _rules(task)
-    other, how = _negative(task, how, negative, negative_mask)
-    if streamer is not None:
-        streamer.put(task.shown)
-    texts, seen = sampling.begin(task.model, task.prompt, rules, key, other, how=how)
-    start = int(task.prompt.length)
-    end = start + int(task.config.max_new_tokens or 0)
-    stride = 1 if streamer is not None else BETWEEN if task.clock is not None else end
-    until = start + 1 if streamer is not None else min(start + stride, end)
-    while True:
-        texts, over, last = sampling.go(task.model, texts, rules, jnp.int32(until), how=how)
-        if streamer is not None:
-            streamer.put(np.asarray(last))
-        if until >= end or over or (task.clock is not None and task.clock()):
-            break
-        until = min(until + stride, end)
-    if streamer is not None:
-        streamer.end()
-    return _answer(task, texts, seen, how)
-
-
-def _answer(task: Task, texts: sampling.Texts, seen: dict[str, Any], how: sampling.How) -> Any:
-    start, length = int(task.prompt.length), int(texts.tokens.length)
-    new = texts.tokens.ids[:, start:length]
-    shown = jnp.repeat(jnp.asarray(task.shown), how.branches, axis=0)
-    sequences = jnp.concatenate([shown, new], axis=1)
-    if not task.config.return_dict_in_generate:
-        return sequences
-    context = texts.context.rewound(length - 1) if _rewinds(texts) else texts.context
-    found = steps_of(task, texts.record, seen, length - start, how.branches)
-    kind = GenerateEncoderDecoderOutput if task.is_encoder_decoder else GenerateDecoderOnlyOutput
-    return kind(sequences=sequences, cache=context.cache, **found)
-
-
-def steps_of(task: Task, record: dict[str, Any], seen: dict[str, Any], steps: int, times: int) -> dict[str, Any]:
-    """What was recorded, as a tuple with an entry a token; what was seen of the prompt comes first.
-
-    Args:
-        task: what was generated.
-        record: arrays [N, rows, ...], of which the first `steps` hold something.
-        seen: what was seen of the prompt, of its rows.
-        steps: new tokens.
-        times: rows of the record for each of the prompt.
-    """
-    start, begins = int(task.prompt.length), 0 if task.feed.mask is None else int(task.prompt.begins)
-    first = start - task.shown.shape[1] if task.shown.shape[1] else 0
-
-    def at(name: str, x: jax.Array, step: int) -> jax.Array:
-        """Entry of a step, without the columns that only fill."""
-        x = x[step] if step else jnp.repeat(x, times, axis=0)
-        if "attentions" in name and name != "cross_attentions":
-            x = x[..., first : start + step]
-        return x if step or name.endswith("scores") else x[:, :, first:start] if "attentions" in name else x[:, first:start]
-
-    out: dict[str, Any] = {}
-    for name in task.keeps:
-        if name in ("scores", "logits"):
-            out[name] = tuple(record[name][:steps])
-        elif name in record:
-            following = [tuple(at(name, x, step) for x in record[name]) for step in range(1, steps)]
-            out[name] = (tuple(at(name, x, 0) for x in seen[name]), *following)
-    if task.is_encoder_decoder:
-        for name in ("encoder_attentions", "encoder_hidden_states"):
-            if name in seen:
-                out[name] = seen[name]
-    del begins
-    return out
-
-
-def _rewinds(texts: sampling.Texts) -> bool:
-    from formax.layers.attention.cache import can_rewind
-
-    return texts.context.cache is not None and can_rewind(texts.context.cache)
-
-
-def _how(task: Task) -> sampling.How:
-    return sampling.How(
-        feed=task.feed,
-        room=task.room,
-        steps=task.steps if task.keeps else 0,
-        count=task.count,
-        samples=bool(task.config.do_sample),
-        pads=bool(task.config.eos_token_ids),
-        keeps=task.keeps,
-        branches=task.config.num_return_sequences,
-    )
-
-
-def _rules(task: Task) -> sampling.Rules:
-    return sampling.Rules(task.process, task.criteria, jnp.int32(task.pad))
-
-
-def _negative(task: Task, how: sampling.How, ids: Any, mask: Any) -> tuple[Any, sampling.How]:
-    """The prompt for guidance, if there is guidance."""
-    if "unconditional" not in task.process.needs:
-        if ids is not None:
-            raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
-        return None, how
-    prompt, feed = negative_of(task, ids, mask)
-    return prompt, replace(how, negative=feed)
-
-
-def _key(task: Task, key: jax.Array | None) -> jax.Array | None:
+def _key(task: Task, key: Any) -> jax.Array | None:
     """The random key, if anything is drawn."""
     if key is not None and not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         if getattr(key, "shape", None) == (2,) and key.dtype == jnp.uint32:

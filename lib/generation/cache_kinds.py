@@ -45,13 +45,25 @@ class Kind:
 FULL = Kind()
 
 
-def kind_of(config: GenerationConfig, model_config: Config, mode: GenerationMode) -> Kind:
-    """The kind that settings ask for.
+def kind_of(config: GenerationConfig, model_config: Config, mode: GenerationMode, cache: Any = None) -> Kind:
+    """The kind that settings ask for; a `cache` that is given stays of the kind that it is.
 
     Raises:
         ConfigError: a `cache_config` with a name that nobody knows or an impossible value, or a way of generating that
             has to go back where the cache cannot.
     """
+    kind, name = _asked(config, model_config), f"cache_implementation={config.cache_implementation!r}"
+    if cache is not None:
+        kind, name = kind_held(cache), "the cache that is given"
+    if kind.name == "ring" and mode is GenerationMode.ASSISTED:
+        raise ConfigError(
+            f"{name} keeps a window of {max(filter(None, kind.windows))} positions and cannot go back over tokens that "
+            "the assistant got wrong; leave it out for assisted generation"
+        )
+    return kind
+
+
+def _asked(config: GenerationConfig, model_config: Config) -> Kind:
     name = config.cache_implementation or "dynamic"
     if name == "quantized":
         return _quantised(config.cache_config or {})
@@ -60,14 +72,7 @@ def kind_of(config: GenerationConfig, model_config: Config, mode: GenerationMode
     if name not in RINGS:
         return FULL
     windows = windows_of(model_config)
-    if not any(windows):
-        return FULL
-    if mode is GenerationMode.ASSISTED:
-        raise ConfigError(
-            f"cache_implementation={name!r} keeps a window of {max(filter(None, windows))} positions and cannot go "
-            "back over tokens that the assistant got wrong; leave it out for assisted generation"
-        )
-    return Kind("ring", windows)
+    return Kind("ring", windows) if any(windows) else FULL
 
 
 def _quantised(given: Mapping[str, Any]) -> Kind:

@@ -127,12 +127,9 @@ class Context:
         kept = {name: x if name in HEAD_MASKS else x[rows] for name, x in self.memory.items()}
         return Context(cache, mask, kept)
 
-    def repeat(self, times: int) -> Context:
-        """What is known of rows that are so many times there, one beside the other."""
-        if times == 1:
-            return self
-        some = self.mask if self.mask is not None else next(x for x in jax.tree.leaves(self.cache) if jnp.ndim(x))
-        return self.take(jnp.repeat(jnp.arange(len(some)), times))
+    def repeat(self, rows: int, times: int) -> Context:
+        """What is known of these rows, each so many times there, one beside the other."""
+        return self if times == 1 else self.take(jnp.repeat(jnp.arange(rows), times))
 
     def rewound(self, length: Any) -> Context:
         """What was known when `length` columns had been read."""
@@ -184,11 +181,14 @@ def read(
     if wanted is not None and feed.keeps:
         given["logits_to_keep"] = wanted
     with mesh.placed(feed.placing):
-        out = model(**given, **dict(feed.static), **dict.fromkeys(feed.seen, True))
+        switches: Any = dict.fromkeys(feed.seen, True)
+        out = model(**given, **dict(feed.static), **switches)
     logits = out.logits if wanted is None or feed.keeps else jnp.take(out.logits, wanted, axis=1)
     seen = {name: getattr(out, name, None) for name, switch in SEEN.items() if switch in feed.seen}
     if first:
-        seen |= {name: getattr(out, name, None) for name in OF_ENCODER if feed.seen or name.endswith("last_hidden_state")}
+        seen |= {
+            name: getattr(out, name, None) for name in OF_ENCODER if feed.seen or name.endswith("last_hidden_state")
+        }
     after = replace(context, cache=out.cache) if feed.cached else context
     return logits.astype(jnp.float32), after, {name: x for name, x in seen.items() if x is not None}
 
@@ -259,7 +259,12 @@ def prefill(
     context = Context(cache, mask, prompt.memory)
     start = prompt.start if feed.cached else 0
     logits, context, seen = read(model, feed, context, tokens, start, count, keep=last, first=prompt.first)
-    if feed.cached:
+    if not feed.cached:  # what the text is about is looked at again in every step
+        about = {"encoder_outputs": seen.get("encoder_last_hidden_state")}
+        about |= {"encoder_hidden_states": prompt.first.get("encoder_hidden_states")}
+        memory = {name: x for name, x in about.items() if x is not None}
+        context = replace(context, memory=context.memory | memory)
+    else:
         context = replace(context, cache=caches.settle(context.cache, prompt.length))
     return logits[:, 0], tokens, context, seen
 

@@ -848,6 +848,8 @@ def processors_of(
         out.append(guidance(c.guidance_scale))
     if c.sequence_bias is not None:
         out.append(sequence_bias(c.sequence_bias))
+    if c.num_beam_groups > 1 and c.diversity_penalty is not None and c.diversity_penalty > 0:
+        out.append(hamming_diversity(c.diversity_penalty, c.num_beams, c.num_beam_groups))
     if c.encoder_repetition_penalty is not None and c.encoder_repetition_penalty != 1.0:
         out.append(encoder_repetition_penalty(c.encoder_repetition_penalty, _needed(encoder_ids)))
     if c.repetition_penalty is not None and c.repetition_penalty != 1.0:

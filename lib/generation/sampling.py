@@ -8,17 +8,22 @@ B rows, L columns of the buffer, N steps of the record, V tokens of the vocabula
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from formax.generation import state
+from formax.generation.answer import answer, to_the_end
 from formax.generation.decoding import Context, Feed, Prompt, prefill, read
+from formax.generation.dola import contrast
 from formax.generation.state import Rule, Tokens
+from formax.generation.task import Task, negative_of
 from formax.model import Model
 
 
@@ -36,6 +41,7 @@ class How:
         keeps: of "scores", "logits" and the names of `decoding.SEEN`, what is recorded.
         branches: texts for each prompt.
         negative: of the prompt for guidance, how it is given, columns of its buffer, and columns that are read.
+        layers: of DoLa, the candidates that the last layer is contrasted with.
     """
 
     feed: Feed
@@ -47,6 +53,7 @@ class How:
     keeps: tuple[str, ...] = ()
     branches: int = 1
     negative: tuple[Feed, int, int] | None = None
+    layers: tuple[int, ...] = ()
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["process", "criteria", "pad"], meta_fields=[])
@@ -92,15 +99,22 @@ def begin(
     """Reads the prompt and chooses the first token: the texts, and what was seen of the prompt."""
     logits, tokens, context, seen = prefill(model, how.feed, prompt, how.room, how.count)
     rows = jnp.repeat(jnp.arange(len(logits)), how.branches)
-    tokens, context, logits = replace(tokens, ids=tokens.ids[rows]), context.repeat(how.branches), logits[rows]
+    tokens, context, logits = (
+        replace(tokens, ids=tokens.ids[rows]),
+        context.repeat(len(logits), how.branches),
+        logits[rows],
+    )
     texts = Texts(tokens, context, jnp.zeros(len(rows), bool), key, {})
     other = None
     if negative is not None and how.negative is not None:
         other, its, known, _ = prefill(model, how.negative[0], negative, *how.negative[1:])
         its = replace(its, ids=its.ids[rows])
-        texts, other = replace(texts, negative=(its, known.repeat(how.branches))), other[rows]
-    texts = replace(texts, record=_empty(model, texts, logits, how))
-    return choose(texts, logits, rules, how, other), seen
+        texts, other = replace(texts, negative=(its, known.repeat(len(other), how.branches))), other[rows]
+    record = empty_record(model, how.feed, texts.context, texts.tokens, logits, how.steps, how.keeps)
+    texts = replace(texts, record=record)
+    last = prompt.length - 1 - (prompt.start if how.feed.cached else 0)
+    states = tuple(x[:, last][rows] for x in seen.get("hidden_states", ()))
+    return choose(model, texts, logits, rules, how, other, states), seen
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("texts",))
@@ -120,22 +134,42 @@ def go(model: Model, texts: Texts, rules: Rules, until: Array, *, how: How) -> t
 
 def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
     """Reads the last token of every text and chooses the next."""
-    logits, context, seen = _read_last(model, how.feed, texts.context, texts.tokens)
-    texts = replace(texts, context=context, record=_noted(texts, seen))
+    logits, context, seen = read_last(model, how.feed, texts.context, texts.tokens)
+    texts = replace(texts, context=context, record=noted(texts.record, seen, texts.tokens))
     other = None
     if texts.negative is not None and how.negative is not None:
         its, known = texts.negative
-        other, known, _ = _read_last(model, how.negative[0], known, its)
+        other, known, _ = read_last(model, how.negative[0], known, its)
         texts = replace(texts, negative=(its, known))
-    return choose(texts, logits, rules, how, other)
+    states = tuple(x[:, -1] for x in seen.get("hidden_states", ()))
+    return choose(model, texts, logits, rules, how, other, states)
 
 
-def choose(texts: Texts, logits: Array, rules: Rules, how: How, other: Array | None = None) -> Texts:
-    """Writes the next token of every text by the scores [B, V]; `other` are those without the prompt, for guidance."""
-    scores = rules.process(texts.tokens, logits, **({} if other is None else {"unconditional": other}))
-    texts = replace(texts, record=_noted(texts, {"scores": scores, "logits": logits}))
+def choose(
+    model: Model,
+    texts: Texts,
+    logits: Array,
+    rules: Rules,
+    how: How,
+    other: Array | None = None,
+    states: tuple[Array, ...] = (),
+) -> Texts:
+    """Writes the next token of every text.
+
+    Args:
+        model: the model.
+        texts: the texts.
+        logits: scores of the model [B, V].
+        rules: what is done to them.
+        how: the rest.
+        other: the scores without the prompt, for guidance.
+        states: of all layers [B, E], for DoLa.
+    """
+    scores = contrast(model, how.feed, how.layers, logits, states) if how.layers else logits
+    scores = rules.process(texts.tokens, scores, **({} if other is None else {"unconditional": other}))
+    texts = replace(texts, record=noted(texts.record, {"scores": scores, "logits": logits}, texts.tokens))
     key = texts.key
-    if how.samples:
+    if how.samples and key is not None:
         key, own = jax.random.split(key)
         chosen = jax.random.categorical(own, scores).astype(jnp.int32)
     else:
@@ -144,9 +178,7 @@ def choose(texts: Texts, logits: Array, rules: Rules, how: How, other: Array | N
         chosen = jnp.where(texts.done, rules.pad, chosen)
     tokens = written(texts.tokens, chosen)
     negative = texts.negative and (written(texts.negative[0], chosen), texts.negative[1])
-    return replace(
-        texts, tokens=tokens, done=texts.done | rules.criteria(tokens, scores), key=key, negative=negative
-    )
+    return replace(texts, tokens=tokens, done=texts.done | rules.criteria(tokens, scores), key=key, negative=negative)
 
 
 def written(tokens: Tokens, chosen: Array) -> Tokens:
@@ -155,25 +187,94 @@ def written(tokens: Tokens, chosen: Array) -> Tokens:
     return state.replace(tokens, ids=ids, length=tokens.length + 1)
 
 
-def _read_last(model: Model, feed: Feed, context: Context, tokens: Tokens) -> tuple[Array, Context, dict[str, Any]]:
+def read_last(model: Model, feed: Feed, context: Context, tokens: Tokens) -> tuple[Array, Context, dict[str, Any]]:
+    """Reads the last token of every text: scores of the next [B, V], what is known then, what else was asked for."""
     logits, context, seen = read(model, feed, context, tokens, tokens.length - 1, 1)
     return logits[:, 0], context, seen
 
 
-def _empty(model: Model, texts: Texts, logits: Array, how: How) -> dict[str, Any]:
-    """A record without entries."""
+def empty_record(
+    model: Model, feed: Feed, context: Context, tokens: Tokens, logits: Array, steps: int, keeps: tuple[str, ...]
+) -> dict[str, Any]:
+    """A record without entries, with room for so many steps."""
     one: dict[str, Any] = {"scores": logits, "logits": logits}
-    if how.feed.seen:
-        one |= jax.eval_shape(lambda: _read_last(model, how.feed, texts.context, texts.tokens)[2])
-    kept = {name: one[name] for name in how.keeps if name in one}
-    return jax.tree.map(lambda x: jnp.zeros((how.steps, *x.shape), x.dtype), kept)
+    if feed.seen:
+        one |= jax.eval_shape(lambda: read_last(model, feed, context, tokens)[2])
+    kept = {name: one[name] for name in keeps if name in one}
+    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), kept)
 
 
-def _noted(texts: Texts, entries: dict[str, Any]) -> dict[str, Any]:
-    """The record with what it has of these entries, at the step that comes next."""
-    at = texts.tokens.new()
-    put = partial(jax.lax.dynamic_update_index_in_dim, index=at, axis=0)
-    return {
-        name: jax.tree.map(put, held, entries[name]) if name in entries else held
-        for name, held in texts.record.items()
-    }
+def noted(record: dict[str, Any], entries: dict[str, Any], tokens: Tokens) -> dict[str, Any]:
+    """The record with what it has of these entries, at the step that writes the next token."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=tokens.new(), axis=0)
+    return {name: jax.tree.map(put, held, entries[name]) if name in entries else held for name, held in record.items()}
+
+
+def how_of(task: Task) -> How:
+    """What is part of the program."""
+    return How(
+        feed=task.feed,
+        room=task.room,
+        steps=task.steps if task.keeps else 0,
+        count=task.count,
+        samples=bool(task.config.do_sample),
+        pads=bool(task.config.eos_token_ids),
+        keeps=task.keeps,
+        branches=task.config.num_return_sequences,
+        layers=task.layers,
+    )
+
+
+def rules_of(task: Task) -> Rules:
+    """What is no part of it."""
+    return Rules(task.process, task.criteria, jnp.int32(task.pad))
+
+
+def with_negative(task: Task, how: How, ids: Any, mask: Any) -> tuple[Prompt | None, How]:
+    """The prompt for guidance, if there is guidance.
+
+    Raises:
+        ValueError: there is none, and a prompt for it is given.
+    """
+    if "unconditional" not in task.process.needs:
+        if ids is not None:
+            raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
+        return None, how
+    prompt, given = negative_of(task, ids, mask)
+    return prompt, replace(how, negative=given)
+
+
+def write(task: Task, key: Array | None, streamer: Any, negative: Any = None, negative_mask: Any = None) -> Any:
+    """Greedy search and sampling, from the prompt to what `generate` returns."""
+    rules = rules_of(task)
+    other, how = with_negative(task, how_of(task), negative, negative_mask)
+    texts, seen = begin(task.model, task.prompt, rules, key, other, how=how)
+    if streamer is None:
+        texts = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
+        return answer(task, texts, seen, how.branches)
+    streamer.put(task.shown)
+    until, over = int(task.prompt.length), False
+    while not over:
+        until += 1
+        texts, done, last = go(task.model, texts, rules, jnp.int32(until), how=how)
+        streamer.put(np.asarray(last))
+        over = bool(done) or until >= int(task.prompt.length) + task.most or task.late()
+    streamer.end()
+    return answer(task, texts, seen, how.branches)
+
+
+def tokens_of(task: Task, key: Array | None, negative: Any = None, negative_mask: Any = None) -> Iterator[np.ndarray]:
+    """Greedy search and sampling, token by token: int32 [B] each."""
+    rules = rules_of(task)
+    other, how = with_negative(task, how_of(task), negative, negative_mask)
+    texts, _ = begin(task.model, task.prompt, rules, key, other, how=how)
+    until = int(task.prompt.length) + 1
+    texts, over, last = go(task.model, texts, rules, jnp.int32(until), how=how)
+    while True:
+        until += 1
+        # The next token is on its way while this one is looked at.
+        ahead = go(task.model, texts, rules, jnp.int32(until), how=how)
+        yield np.asarray(last)
+        if over or task.late():
+            return
+        texts, over, last = ahead

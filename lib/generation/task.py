@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from formax.core.config import ConfigError
+from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
 from formax.generation.cache_kinds import as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache
+from formax.generation.dola import layers_of
 from formax.generation.state import Rule
 from formax.layers.attention import cache as caches
 from formax.layers.seq2seq import states_of
@@ -51,6 +53,8 @@ class Task:
         clock: when all is over.
         pad: the token after the end.
         keeps: what is recorded.
+        layers: of DoLa, the candidates that the last layer is contrasted with.
+        rewinds: whether tokens that were read can be taken back.
     """
 
     model: Model
@@ -67,6 +71,18 @@ class Task:
     clock: stopping.MaxTime | None
     pad: int
     keeps: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+
+    rewinds: bool = False
+
+    @property
+    def most(self) -> int:
+        """How many tokens can be new."""
+        return _known(self.config.max_new_tokens)
+
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.clock is not None and self.clock()
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -91,11 +107,13 @@ def settings_of(
         base = own
     else:
         default = GenerationConfig()
-        names = [f.name for f in dataclasses.fields(GenerationConfig) if not f.name.startswith("_") and f.name != "extra"]
+        names = [
+            f.name for f in dataclasses.fields(GenerationConfig) if not f.name.startswith("_") and f.name != "extra"
+        ]
         if use_model_defaults is False:
             names = ["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"]
         taken = {name: getattr(own, name) for name in names if getattr(given, name) == getattr(default, name)}
-        base = dataclasses.replace(given, **taken, extra={**own.extra, **given.extra})
+        base = dataclasses.replace(given, **taken, extra=FrozenDict({**own.extra, **given.extra}))
         if given.temperature == 0.0:
             base = base.replace(do_sample=False, temperature=1.0)
     return base.replace(**overrides), set(overrides)
@@ -176,17 +194,27 @@ def task_of(
     asked = {name for name in OUTPUT_FLAGS if config.return_dict_in_generate and getattr(config, name) is True}
     seen = tuple(name for name in ("output_attentions", "output_hidden_states") if name in asked)
     rewinds = cached and caches.can_rewind(jax.eval_shape(lambda: model.init_cache(1, 1, 1)))
+    if mode in (GenerationMode.CONTRASTIVE, GenerationMode.DOLA):
+        seen = tuple(dict.fromkeys((*seen, "output_hidden_states")))
+    layers: tuple[int, ...] = ()
+    if mode is GenerationMode.DOLA:
+        if seq2seq:
+            raise ValueError(
+                "dola_layers is for decoders alone: the layers of an encoder-decoder are not like its last"
+            )
+        depth, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
+        layers = layers_of(config.dola_layers or (), depth, tied)
     mask = None if mask is None or mask.all() else mask
     if cached and not rewinds and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
-    feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode))
+    feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode, cache))
     if seq2seq:
         first = _to_encode(model, config, first, main, fill=not seen)
     encoder_length = _encoder_length(model, first, seq2seq)
     prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, vectors, rewinds)
     keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked)
-    keeps += tuple(name for name, switch in SEEN.items() if switch in seen)
+    keeps += tuple(name for name, switch in SEEN.items() if switch in asked)
     encoder_ids = np.asarray(own[main]) if seq2seq and main == "input_ids" else ids
     rules = processors.processors_of(
         config,
@@ -212,6 +240,8 @@ def task_of(
         clock=clock,
         pad=pad,
         keeps=keeps,
+        layers=layers,
+        rewinds=rewinds,
     )
 
 
@@ -239,14 +269,13 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
     return prompt, (feed, count + task.steps, count)
 
 
-# ------------------------------------------------------------------------------------------------------------- the prompt
+# ----------------------------------------------------------------------------------------------------------- the prompt
 
 
 def _aligned(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and what is no padding among them, with all padding on the left."""
     order = np.argsort(mask, axis=1, kind="stable")
     return np.take_along_axis(ids, order, axis=1), np.take_along_axis(mask, order, axis=1)
-
 
 
 def _text_prompt(config: GenerationConfig, own: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
@@ -358,8 +387,8 @@ def _prompt(
         start = int(_one_length(cache))
         if not 0 <= start < length:
             raise ValueError(
-                f"the cache holds {start} positions, of a prompt of {length}: input_ids is the whole text, and at least "
-                "one token of it must be new"
+                f"the cache holds {start} positions, of a prompt of {length}: input_ids is the whole text, and at "
+                "least one token of it must be new"
             )
         cache = _fitting(model, cache, rows, encoder_length)
     limit = positions_of(model)
@@ -399,7 +428,9 @@ def _prompt(
 def _one_length(cache: Any) -> int:
     held = caches.caches_of(cache)
     if not held:
-        raise TypeError(f"cache must be what a model's call or generate() returned as its cache, got {type(cache).__name__}")
+        raise TypeError(
+            f"cache must be what a model's call or generate() returned as its cache, got {type(cache).__name__}"
+        )
     length = next(one for one in held if not isinstance(one, caches.CrossCache)).length
     if length.ndim:
         raise ValueError("this cache holds texts of different lengths, which generate() does not go on with")
@@ -413,7 +444,7 @@ def _fitting(model: Model, cache: Any, rows: int, encoder_length: int) -> Any:
         ValueError: the cache of another model, or of other rows.
     """
     own = jax.eval_shape(lambda: as_kind(model.init_cache(rows, 1, encoder_length), kind_held(cache)))
-    if jax.tree.structure(jax.tree.map(lambda x: 0, own)) != jax.tree.structure(jax.tree.map(lambda x: 0, cache)):
+    if str(jax.tree.structure(own)) != str(jax.tree.structure(cache)):
         raise ValueError("the cache is another model's: it has other layers than this one")
     for held, made in zip(jax.tree.leaves(cache), jax.tree.leaves(own), strict=True):
         if held.ndim != made.ndim or held.shape[2:] != made.shape[2:]:
@@ -430,7 +461,9 @@ def _ids(name: str, given: Any) -> np.ndarray:
     try:
         ids = np.asarray(given)
     except ValueError:
-        raise ValueError(f"{name} has rows of different lengths; pad them to one (tokenizer(..., padding=True))") from None
+        raise ValueError(
+            f"{name} has rows of different lengths; pad them to one (tokenizer(..., padding=True))"
+        ) from None
     if ids.dtype.kind not in "iu":
         if ids.size:
             raise ValueError(f"{name} must hold token ids (whole numbers), it holds {ids.dtype}")
@@ -460,7 +493,7 @@ def _mask(name: str, ids: np.ndarray, given: Any, config: GenerationConfig | Non
     return mask
 
 
-# ------------------------------------------------------------------------------------------------------------ the lengths
+# ---------------------------------------------------------------------------------------------------------- the lengths
 
 
 def positions_of(model: Model) -> int | None:
@@ -471,7 +504,9 @@ def positions_of(model: Model) -> int | None:
     return getattr(config, "max_target_positions", None) or getattr(config, "max_position_embeddings", None)
 
 
-def _with_lengths(model: Model, config: GenerationConfig, said: set[str], length: int, vectors: bool) -> GenerationConfig:
+def _with_lengths(
+    model: Model, config: GenerationConfig, said: set[str], length: int, vectors: bool
+) -> GenerationConfig:
     """Settings whose `max_length`, `max_new_tokens` and `min_length` are all about this prompt of `length` tokens."""
     limit = positions_of(model)
     if limit is not None and length >= limit:
@@ -486,12 +521,13 @@ def _with_lengths(model: Model, config: GenerationConfig, said: set[str], length
         most = config.max_length + (length if vectors else 0)
     if length >= most:
         raise ValueError(
-            f"the prompt has {length} tokens and max_length={config.max_length} counts them: nothing is left to generate; "
-            "raise it, or give max_new_tokens"
+            f"the prompt has {length} tokens and max_length={config.max_length} counts them: nothing is left to "
+            "generate; raise it, or give max_new_tokens"
         )
     if limit is not None and most > limit:
         raise ValueError(
-            f"{length} tokens of the prompt and {most - length} new ones are more than the {limit} positions of the model"
+            f"{length} tokens of the prompt and {most - length} new ones are more than the {limit} positions of the "
+            "model"
         )
     least = config.min_length or 0
     if config.min_new_tokens is not None:
@@ -508,7 +544,7 @@ def _known(value: int | None) -> int:
     return value
 
 
-# -------------------------------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------------------------------------------------- the rest
 
 
 def _vocabulary(model: Model, config: GenerationConfig) -> int | None:

@@ -8,8 +8,6 @@ norm after the last and no bias on keys. The encoder halves the frames by two co
 from functools import partial
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
-
 from formax.core import tap
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.config import config

@@ -18,7 +18,14 @@ from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, Tied, fold, normal, optional, stack_of
 from formax.layers import embed, heads, mlp, norm, seq2seq, seq2seq_heads
 from formax.layers.activations import check_activation
-from formax.layers.attention import Bucketed, attention_spec, causal_mask, cross_attention, from_attention_mask, self_attention
+from formax.layers.attention import (
+    Bucketed,
+    attention_spec,
+    causal_mask,
+    cross_attention,
+    from_attention_mask,
+    self_attention,
+)
 from formax.layers.attention.bias import bucketed_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear_spec
