@@ -116,18 +116,24 @@ def test_ring_translates_masks_and_biases(what: dict[str, Any], bias: Any) -> No
     np.testing.assert_allclose(ring, full, atol=1e-5)
 
 
-def test_ring_grows() -> None:
+def test_ring_grows_and_branches() -> None:
     @partial(jax.jit, static_argnums=(1, 2))
     def after(cache: Any, start: int, end: int) -> tuple[jax.Array, Any]:
         mask = Mask(causal=True, window=(WINDOW - 1, None), q_offset=cache.length)
         return cache.attend(q[:, start:end], k[:, start:end], v[:, start:end], mask=mask)
 
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 9, 2, 8)) for i in range(3))
-    _, ring = after(RingCache.empty(1, 4, 2, 8, window=WINDOW), 0, 4)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, 2, 8)) for i in range(3))
+    _, ring = after(RingCache.empty(2, 4, 2, 8, window=WINDOW), 0, 4)
     assert ring.k.shape[1] == 4
     x, _ = after(ring.grown(14), 4, 9)
-    y, _ = after(after(KVCache.empty(1, 14, 2, 8), 0, 4)[1], 4, 9)
+    y, _ = after(after(KVCache.empty(2, 14, 2, 8), 0, 4)[1], 4, 9)
     np.testing.assert_allclose(x, y, atol=1e-5)
+    # As beams do: other texts go on from these rows.
+    rows = take_rows((ring,), jnp.array([1, 1]))[0]
+    z, _ = after(rows.grown(14), 4, 9)
+    assert rows.window == WINDOW
+    np.testing.assert_array_equal(rows.k[0], ring.k[1])
+    assert np.abs(z[0] - x[0]).max() > 1e-2
     assert ring.grown(6).k.shape[1] == 6
     assert ring.grown(14).k.shape[1] == WINDOW
 

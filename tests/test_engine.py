@@ -343,8 +343,9 @@ def test_an_engine_that_breaks_tells_all_who_wait(llama: Model, monkeypatch: pyt
         handle = engine.submit(ids(3))
         with pytest.raises(MemoryError, match="no room on the device"):
             handle.result(timeout=60)
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(RuntimeError, match="closed") as info:
         engine.submit(ids(3))
+    assert isinstance(info.value.__cause__, MemoryError)
 
 
 # ------------------------------------------------------------------------------------------------------ paged attention

@@ -121,6 +121,7 @@ class Engine:
         self._count = 0
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._error: BaseException | None = None  # what broke it
         self.steps = 0
         self.evictions = 0
         self.pages_reused = 0
@@ -172,7 +173,7 @@ class Engine:
             stops += (Ends(strings, self._texts, ids.tolist()),)
         with self._asking:
             if self._closed:
-                raise RuntimeError("this Engine is closed")
+                raise RuntimeError("this Engine is closed") from self._error
             handle = Handle(ids, self._count, priority, want, self, on_token, stops)
             self._count += 1
             self._asked.append(handle)
@@ -305,7 +306,7 @@ class Engine:
             except Exception as error:  # told to all who wait, since nobody sees what a thread raises
                 with self._stepping:
                     with self._asking:
-                        self._closed, self._thread = True, None
+                        self._closed, self._thread, self._error = True, None, error
                     self._end_all("error", error)
                 return
 
