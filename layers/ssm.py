@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class MambaCache(Cache):
     conv: jax.Array
     state: jax.Array
     length: jax.Array
+    recurrent: ClassVar[bool] = True
 
     @staticmethod
     def empty(batch: int, channels: int, width: int, size: int, dtype: Any = jnp.float32) -> MambaCache:

@@ -7,7 +7,7 @@ generating asks for: rows are chosen, repeated, taken back to an earlier length,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import jax
@@ -23,16 +23,17 @@ class Cache:
     Attributes:
         length: int32, how many positions were seen; [B] where rows have seen different numbers.
         rewinds: whether it can be taken back to fewer positions than it has seen.
+        recurrent: whether it is of one size and sums all positions up, so that texts of different lengths go on side
+            by side whatever `length` says.
     """
 
     length: jax.Array
     rewinds: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
 
     def take(self, rows: jax.Array) -> Self:
         """The cache of other rows, each one of these: int32 [B'] -> a cache of B' rows."""
-        held = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        taken = {name: jnp.take(x, rows, axis=0) if jnp.ndim(x) else x for name, x in held.items()}
-        return replace(self, **taken)  # type: ignore[type-var]
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=0) if jnp.ndim(x) else x, self)
 
     def rewound(self, length: Any) -> Self:
         """The cache as it was after `length` positions.
@@ -44,6 +45,13 @@ class Cache:
 
     def grown(self, room: int) -> Self:
         """The cache with room for so many positions, if it has less."""
+        return self
+
+    def until(self, length: Any) -> Self:
+        """The cache that takes what it is given next from position `length` on for filling, of which nothing is kept.
+
+        One that can be taken back afterwards need not know.
+        """
         return self
 
 
@@ -153,6 +161,11 @@ def take_rows(tree: Any, rows: jax.Array, *, of_texts: bool = False) -> Any:
 def rewind(tree: Any, length: Any) -> Any:
     """A model's caches as they were after `length` positions."""
     return map_caches(lambda one: one.rewound(length), tree)
+
+
+def settle(tree: Any, length: Any) -> Any:
+    """A model's caches that were told of filling from `length` on (`until`), after reading it: it is forgotten."""
+    return map_caches(lambda one: one.rewound(length) if one.rewinds else one, tree)
 
 
 def grow(tree: Any, room: int) -> Any:

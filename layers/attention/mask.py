@@ -6,7 +6,7 @@ it into booleans (`materialise`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -96,10 +96,46 @@ class Mask:
         if self.dense is not None and self.dense.dtype != bool:
             raise ValueError(f"mask.dense has dtype {self.dense.dtype}; it is booleans, True where attention may look")
 
-    def materialise(self, t: int, s: int) -> jax.Array | None:
-        """Booleans that broadcast to [B, H, t, s], True where attention may look; None where everything may."""
+    def picked(self, positions: jax.Array) -> Mask:
+        """The mask with what it says of single keys said of those at other `positions` [S]; the rest as it was.
+
+        A key beyond those it speaks of is no padding, and is in no pair.
+        """
+
+        def pick(x: jax.Array) -> jax.Array:
+            return jnp.take(x, positions, axis=-1, mode="clip")
+
+        keys, dense, segments = self.keys, self.dense, self.segments
+        if keys is not None:
+            keys = pick(keys) | (positions >= keys.shape[-1])
+        if dense is not None and dense.shape[-1] > 1:
+            dense = pick(dense) & (positions < dense.shape[-1])
+        if segments is not None:
+            segments = segments[0], pick(segments[1])
+        return replace(self, keys=keys, dense=dense, segments=segments)
+
+    def since(self, first: jax.Array, s: int) -> Mask:
+        """The mask of `s` keys of which the first is at position `first`, one number; those before 0 do not exist."""
+        positions = first + jnp.arange(s)
+        mask = self.picked(positions)
+        exist = (positions >= 0)[None]
+        return replace(
+            mask,
+            keys=exist if mask.keys is None else mask.keys & exist,
+            q_offset=self.q_offset - first,
+            kv_length=None if self.kv_length is None else jnp.maximum(self.kv_length - first, 0),
+            prefix=None if self.prefix is None else jnp.maximum(self.prefix - first, 0),
+        )
+
+    def materialise(self, t: int, s: int, at: jax.Array | None = None) -> jax.Array | None:
+        """Booleans that broadcast to [B, H, t, s], True where attention may look; None where everything may.
+
+        With `at` [s], the keys are those of these positions.
+        """
+        if at is not None:
+            self = self.picked(at)
         q = _column(self.q_offset) + jnp.arange(t)[:, None]  # [B or 1, 1, t, 1]
-        k = jnp.arange(s)
+        k = jnp.arange(s) if at is None else at
         parts: list[jax.Array] = []
         if self.causal:
             seen = k <= q

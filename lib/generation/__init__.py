@@ -8,6 +8,7 @@ from formax.generation.config import (
     WatermarkingConfig,
 )
 from formax.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
+from formax.generation.engine import Engine
 from formax.generation.outputs import transition_scores
 from formax.generation.processors import processors_of, then
 from formax.generation.state import Rule, Tokens
@@ -16,6 +17,7 @@ from formax.generation.watermark import SynthIDDetector, WatermarkDetector, Wate
 
 __all__ = [
     "DisjunctiveConstraint",
+    "Engine",
     "GenerationConfig",
     "GenerationMode",
     "MaxTime",

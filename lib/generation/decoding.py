@@ -22,6 +22,7 @@ import numpy as np
 from jax import Array
 
 from formax.core import mesh
+from formax.generation.cache_kinds import FULL, Kind, as_kind
 from formax.generation.state import Tokens
 from formax.layers.attention import cache as caches
 from formax.model import HEAD_MASKS, Model
@@ -62,6 +63,7 @@ class Feed:
         seen: switches of what else is wanted of every step.
         static: further inputs that are no arrays.
         placing: the mesh that the model is on.
+        kind: which caches the model is given.
     """
 
     ids: str
@@ -73,6 +75,7 @@ class Feed:
     seen: tuple[str, ...] = ()
     static: tuple[tuple[str, Any], ...] = ()
     placing: mesh.Placing | None = None
+    kind: Kind = FULL
 
     @classmethod
     def of(cls, model: Model, *, padded: bool = False, cached: bool = True, seen: tuple[str, ...] = ()) -> Feed:
@@ -273,9 +276,10 @@ def prefill(model: Model, feed: Feed, prompt: Prompt, room: int, count: int) -> 
     cache = prompt.cache
     if feed.cached:
         if cache is None:
-            cache = model.init_cache(rows, room, prompt.encoder_length, cache_dtype(model))
+            cache = as_kind(model.init_cache(rows, room, prompt.encoder_length, cache_dtype(model)), feed.kind)
         else:
             cache = caches.grow(cache, room)
+        cache = caches.map_caches(lambda one: one.until(prompt.length), cache)
     last = (prompt.length - 1 - prompt.start if feed.cached else prompt.length - 1)[None]
     context = Context(cache, mask, prompt.memory)
     start = prompt.start if feed.cached else 0
@@ -285,8 +289,8 @@ def prefill(model: Model, feed: Feed, prompt: Prompt, room: int, count: int) -> 
         about |= {"encoder_hidden_states": prompt.first.get("encoder_hidden_states")}
         memory = {name: x for name, x in about.items() if x is not None}
         context = replace(context, memory=context.memory | memory)
-    elif caches.can_rewind(cache):
-        context = context.rewound(prompt.length)
+    else:
+        context = replace(context, cache=caches.settle(context.cache, prompt.length))
     states = seen.get("hidden_states", seen.get("decoder_hidden_states", ()))
     return Known(logits[:, 0], tokens, context, tuple(x[:, last[0]] for x in states), seen)
 

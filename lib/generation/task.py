@@ -19,6 +19,7 @@ import numpy as np
 from formax.core.config import ConfigError
 from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
+from formax.generation.cache_kinds import as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache
 from formax.generation.dola import layers_of
@@ -207,6 +208,7 @@ def task_of(
     if cached and not rewinds and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
+    feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode, cache))
     if seq2seq:
         first = _to_encode(model, config, first, main, fill=not seen)
     encoder_length = _encoder_length(model, first, seq2seq)
@@ -259,7 +261,9 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
     mask = _mask("negative_prompt_attention_mask", ids, mask, None)
     if mask is not None:
         ids, mask = _aligned(ids, mask)
-    feed = Feed.of(task.model, padded=mask is not None, cached=task.feed.cached)
+    feed = dataclasses.replace(
+        Feed.of(task.model, padded=mask is not None, cached=task.feed.cached), kind=task.feed.kind
+    )
     rewinds = feed.cached and caches.can_rewind(jax.eval_shape(lambda: task.model.init_cache(1, 1, 1)))
     prompt, feed, count = _prompt(task.model, feed, ids, mask, {}, None, 0, False, rewinds)
     return prompt, (feed, count + task.steps, count)
@@ -439,7 +443,7 @@ def _fitting(model: Model, cache: Any, rows: int, encoder_length: int) -> Any:
     Raises:
         ValueError: the cache of another model, or of other rows.
     """
-    own = jax.eval_shape(lambda: model.init_cache(rows, 1, encoder_length))
+    own = jax.eval_shape(lambda: as_kind(model.init_cache(rows, 1, encoder_length), kind_held(cache)))
     if str(jax.tree.structure(own)) != str(jax.tree.structure(cache)):
         raise ValueError("the cache is another model's: it has other layers than this one")
     for held, made in zip(jax.tree.leaves(cache), jax.tree.leaves(own), strict=True):
