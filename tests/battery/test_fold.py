@@ -62,10 +62,11 @@ def test_stacked_layers_compute_the_same(golden: Golden, tmp_path: Path) -> None
 def test_gradients_of_stacked_and_rematerialised_layers(golden: Golden, tmp_path: Path) -> None:
     model, _ = golden.open(tmp_path)
     stacked = model.stack_layers()
-    variants = (model, stacked, model.replace(remat=True), stacked.replace(remat=True))
+    # Both at once: what either does wrong is wrong together, and gradients take longest of all to compile.
+    variants = (model, stacked.replace(remat=True))
     given = {name: jnp.asarray(x) for name, x in golden.inputs.items()}
 
-    # One program of all four, of which each has parameters of its own: XLA compiles kernels that are alike once.
+    # One program of both, of which each has parameters of its own: XLA compiles kernels that are alike once.
     @jax.jit
     def gradients(models: Any, inputs: Any, key: Any) -> Any:
         return [jax.grad(lambda model: weighted(model(**inputs, key=key)))(model) for model in models]
