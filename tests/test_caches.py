@@ -12,6 +12,7 @@ import formax
 from formax.core.config import ConfigError
 from formax.generation.cache_kinds import Kind, as_kind, kind_of, windows_of
 from formax.generation.config import GenerationConfig, GenerationMode
+from formax.generation.task import task_of
 from formax.layers.attention import ALiBi, Bucketed, KVCache, Mask
 from formax.layers.attention.cache import caches_of, rewind, take_rows
 from formax.layers.attention.offloaded import OffloadedCache
@@ -70,8 +71,10 @@ def test_ring_writes_what_the_full_cache_writes(windowed: Model) -> None:
         assert int(ring.cache[0].length) == length + 11
     # A cache is gone on with.
     longer = np.concatenate([np.asarray(ring.sequences), ids(2, 3, 1)], axis=1)
-    again = windowed.generate(longer, cache=ring.cache, max_new_tokens=4)
-    np.testing.assert_array_equal(again[1:, 29], windowed(longer).logits[1:, -1].argmax(-1))
+    again = windowed(longer[:, 25:], cache=ring.cache).logits[1, -1]
+    np.testing.assert_allclose(again, windowed(longer).logits[1, -1], atol=2e-4)
+    task = task_of(windowed, longer, cache=ring.cache, given={"max_new_tokens": 4})
+    assert (int(task.prompt.start), isinstance(task.prompt.cache[0], RingCache)) == (25, True)
 
 
 def attended(cache: Any, pieces: list[int], mask: Any, bias: Any = None) -> np.ndarray:
@@ -211,15 +214,15 @@ def test_few_bits_go_back_and_grow() -> None:
         mask = Mask(causal=True, q_offset=cache.length)
         return cache.attend(q[:, start:end], x[:, start:end], v[:, start:end], mask=mask)
 
-    empty = QuantisedCache.empty(2, 12, 2, 8, bits=4, group=8, residual=5)
+    empty = QuantisedCache.empty(2, 20, 2, 8, bits=4, group=8, residual=5)
     _, straight = after(empty, k, 0, 8)
     _, strayed = after(straight, other, 8, 12)
-    back = strayed.rewound(8).grown(20)
-    assert back.room == 20
+    back = strayed.rewound(8)
+    assert (back.room, back.grown(21).room, back.grown(3).room) == (20, 21, 20)
     assert int(back.length) == 8
     # Four of the five newest were overwritten: they are read in few bits now, and never as what overwrote them.
     x, _ = after(back, k, 8, 20)
-    y, _ = after(straight.grown(20), k, 8, 20)
+    y, _ = after(straight, k, 8, 20)
     full = KVCache.empty(2, 20, 2, 8).append(k[:, :8], v[:, :8])
     z, _ = after(full, k, 8, 20)
     assert 0 < np.abs(x - y).max() < 0.2
@@ -232,22 +235,21 @@ def test_few_bits_go_back_and_grow() -> None:
     np.testing.assert_array_equal(rows.k.numbers(jnp.float32)[2], back.k.numbers(jnp.float32)[0])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_few_bits_write_nearly_the_same(llama: Model, bits: int) -> None:
+def test_few_bits_write_nearly_the_same(llama: Model) -> None:
     prompt = ids(4, 30)
     prompt[1, :5] = 0
     asked = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True}
     full = llama.generate(prompt, **asked)
-    few = {"nbits": bits, "q_group_size": 8, "residual_length": 4}
+    few = {"nbits": 4, "q_group_size": 8, "residual_length": 4}
     out = llama.generate(prompt, cache_implementation="quantized", cache_config=few, **asked)
-    assert all(isinstance(one, QuantisedCache) and one.k.bits == bits for one in caches_of(out.cache))
+    assert all(isinstance(one, QuantisedCache) and one.k.bits == 4 for one in caches_of(out.cache))
     np.testing.assert_allclose(out.scores[0], full.scores[0], atol=1e-4)  # the prompt is seen as it is
     # As long as a text is the same, its scores are nearly the same.
     same = np.cumprod(np.asarray(out.sequences == full.sequences)[:, 30:-1], axis=1).T.astype(bool)
     near, exact = jnp.stack(out.scores)[1:][same], jnp.stack(full.scores)[1:][same]
-    assert same.sum() >= (40 if bits == 8 else 8)
+    assert same.sum() >= 8
     error = float(jnp.abs(near - exact).mean() / exact.std())
-    assert 1e-5 < error < (0.02 if bits == 8 else 0.2)
+    assert 1e-5 < error < 0.2
 
 
 # ------------------------------------------------------------------------------------------- the host, and choosing
