@@ -1,9 +1,12 @@
-"""`generate` and `stream`: a model writes."""
+"""`generate`, `stream` and `astream`: a model writes."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -45,7 +48,7 @@ def generate(
         stopping_criteria: further rules for the end (`formax.generation.stopping`), or functions (state, scores).
         prefix_allowed_tokens_fn: a function of (row, tokens so far) that gives the tokens which may follow.
         assistant_model: a smaller model of the same vocabulary that proposes tokens.
-        streamer: an object with `put(tokens)` and `end()` that is handed every token.
+        streamer: an object with `put(tokens)` and `end()` that is handed every token (`formax.generation.streamers`).
         negative_prompt_ids: [B, N] the prompt that `guidance_scale` leads away from; the last token by default.
         negative_prompt_attention_mask: [B, N] which of these are no padding.
         use_model_defaults: False takes nothing but the special tokens from the model's own settings.
@@ -121,6 +124,35 @@ def stream(
             f"{task.mode.value} knows its text only at the end: stream() is for greedy search and sampling"
         )
     return sampling.tokens_of(task, _key(task, key), negative, negative_mask)
+
+
+async def astream(
+    model: Model, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+) -> AsyncIterator[np.ndarray]:
+    """As `stream`, for `async for`: a thread of its own computes, so that the event loop goes on meanwhile.
+
+    Where the loop is left, or its task cancelled, the step that is being computed is the last.
+
+    Yields:
+        int32 [B], the next token of every row; of rows that have ended, the padding token.
+
+    Raises:
+        TypeError: as `generate`, with the first token.
+        ValueError: as `stream`, likewise.
+    """
+    loop, context = asyncio.get_running_loop(), copy_context()
+    # One thread: what is asked of it last, to close the stream, it does after the step that it is at.
+    worker = ThreadPoolExecutor(1, "formax-stream")
+    begin = partial(stream, model, inputs, generation_config, **arguments)
+    tokens: Iterator[np.ndarray] | None = None
+    try:
+        tokens = await loop.run_in_executor(worker, context.run, begin)
+        step = partial(next, tokens, None)
+        while (token := await loop.run_in_executor(worker, context.run, step)) is not None:
+            yield token
+    finally:
+        worker.submit(lambda: tokens is not None and tokens.close())  # type: ignore[attr-defined]
+        worker.shutdown(wait=False)
 
 
 def _key(task: Task, key: Any) -> jax.Array | None:
