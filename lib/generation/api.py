@@ -44,8 +44,9 @@ def generate(
         model: a model with a head for the next token.
         inputs: its first input: `input_ids` [B, T] of a text model, `input_features` of one that hears.
         generation_config: settings; what they leave at the defaults is as the model's own `generation_config` has it.
-        logits_processor: further rules for scores (`formax.generation.processors`), or functions (state, scores).
-        stopping_criteria: further rules for the end (`formax.generation.stopping`), or functions (state, scores).
+        logits_processor: further rules for scores (`formax.generation.processors`), functions (state, scores), or
+            objects whose `rule` is one (`formax.compat.generation`).
+        stopping_criteria: likewise for the end (`formax.generation.stopping`), `MaxTime` among them.
         prefix_allowed_tokens_fn: a function of (row, tokens so far) that gives the tokens which may follow.
         assistant_model: a smaller model of the same vocabulary that proposes tokens.
         streamer: an object with `put(tokens)` and `end()` that is handed every token (`formax.generation.streamers`).
@@ -81,6 +82,28 @@ def generate(
         cache=cache,
         given=arguments,
     )
+    negative = negative_prompt_ids, negative_prompt_attention_mask
+    return run(task, key, streamer, negative, assistant_model, {"inputs": inputs, "given": arguments})
+
+
+def run(
+    task: Task,
+    key: jax.Array | None,
+    streamer: Any = None,
+    negative: tuple[Any, Any] = (None, None),
+    assistant_model: Model | None = None,
+    what: dict[str, Any] | None = None,
+) -> Any:
+    """Does what `generate` is asked for.
+
+    Args:
+        task: what is generated.
+        key: random key.
+        streamer: as in `generate`, and so on:
+        negative: the prompt that guidance leads away from, and its mask.
+        assistant_model: a smaller model that proposes tokens.
+        what: its inputs, as they were given for the task.
+    """
     key = _key(task, key)
     match task.mode:
         case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
@@ -90,10 +113,8 @@ def generate(
         case GenerationMode.CONTRASTIVE:
             own = partial(contrastive.write, task)
         case GenerationMode.ASSISTED:
-            what = {"inputs": inputs, "given": arguments}
-            return assisted.write(task, key, assistant_model, what, streamer)
+            return assisted.write(task, key, assistant_model, what or {}, streamer)
         case _:
-            negative = negative_prompt_ids, negative_prompt_attention_mask
             return sampling.write(task, key, streamer, *negative)
     if streamer is not None:
         raise ValueError(f"{task.mode.value} knows its text only at the end: it has nothing to stream")
