@@ -136,6 +136,13 @@ def test_classes_that_the_record_does_not_have() -> None:
     )
 
 
+def test_functions_see_a_text_that_begins_with_the_first_column() -> None:
+    """Also where filling lies before it, as with models whose caches cannot take anything back."""
+    (made,) = generation.as_rules([lambda ids, scores, length: scores + ids[:, :1] + 100 * length])
+    state = Tokens(jnp.array([[9, 9, 3, 4, 5], [9, 9, 6, 7, 8]]), jnp.int32(4), jnp.int32(2), jnp.int32(3))
+    np.testing.assert_array_equal(made(state, jnp.zeros((2, 7))), np.array([[203.0], [206.0]]).repeat(7, 1))
+
+
 def test_filtering() -> None:
     scores, state = jnp.asarray(oracle.scores()), Tokens.of(np.zeros((3, 0)))
     np.testing.assert_array_equal(generation.top_k_top_p_filtering(scores), scores)
