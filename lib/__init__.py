@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         register,
     )
     from formax.generation.config import GenerationConfig
+    from formax.generation.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
     from formax.inside import capture, intervene, places
     from formax.model import Model
     from formax.processors.auto import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncTextIteratorStreamer",
     "AutoBackbone",
     "AutoConfig",
     "AutoFeatureExtractor",
@@ -113,6 +115,8 @@ __all__ = [
     "GenerationConfig",
     "Model",
     "SentenceEncoder",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "capture",
     "from_pretrained",
     "intervene",
@@ -122,6 +126,7 @@ __all__ = [
 
 # Where each name lives; the Auto classes together.
 _HOME = dict.fromkeys(__all__, "formax.auto") | {
+    "AsyncTextIteratorStreamer": "formax.generation.streamers",
     "AutoFeatureExtractor": "formax.processors.auto",
     "AutoHfQuantizer": "formax.quantization",
     "AutoImageProcessor": "formax.processors.auto",
@@ -131,6 +136,8 @@ _HOME = dict.fromkeys(__all__, "formax.auto") | {
     "GenerationConfig": "formax.generation.config",
     "Model": "formax.model",
     "SentenceEncoder": "formax.text.embedding",
+    "TextIteratorStreamer": "formax.generation.streamers",
+    "TextStreamer": "formax.generation.streamers",
     "capture": "formax.inside",
     "intervene": "formax.inside",
     "places": "formax.inside",

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -244,6 +244,14 @@ class Model:
         from formax.generation import stream
 
         return stream(self, inputs, generation_config, **arguments)
+
+    def astream(
+        self, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+    ) -> AsyncIterator[np.ndarray]:
+        """As `stream`, for `async for`; `formax.generation.astream` has more."""
+        from formax.generation import astream
+
+        return astream(self, inputs, generation_config, **arguments)
 
     def compute_transition_scores(
         self, sequences: Any, scores: Sequence[Any], beam_indices: Any = None, normalize_logits: bool = False

@@ -318,8 +318,6 @@ def test_what_flax_lacks_is_saved_for_pytorch(tmp_path: Path, caplog: pytest.Log
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     with pytest.raises(NotImplementedError, match="upload_folder"):
         model.save_pretrained(tmp_path, push_to_hub=True)
-    with pytest.raises(NotImplementedError, match="does not generate yet"):
-        model.generate(jnp.ones((1, 2)))
 
 
 def test_dtypes() -> None:

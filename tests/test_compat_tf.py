@@ -132,9 +132,11 @@ def test_what_is_not_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     model.save_pretrained(tmp_path)
     assert "mamba does not exist in TensorFlow" in caplog.text
     assert (tmp_path / "model.safetensors").exists()
-    for name, told in {"fit": "formax.training", "predict": "call the model", "generate": "does not generate"}.items():
+    for name, told in {"fit": "formax.training", "predict": "call the model"}.items():
         with pytest.raises(NotImplementedError, match=told):
             getattr(model, name)
+    with pytest.raises(TypeError, match=r"MambaModel has no scores of a next token"):
+        model.generate(jnp.ones((1, 2), int))
     with pytest.raises(NotImplementedError, match="SavedModel"):
         model.save_pretrained(tmp_path, True)
     with pytest.raises(NotImplementedError, match="upload_folder"):

@@ -12,8 +12,8 @@ import pytest
 import formax
 from formax.core.config import ConfigError
 from formax.generation import Engine, GenerationConfig, slots
-from formax.generation.engine import Handle
 from formax.generation.pages import PagePool, content_of
+from formax.generation.requests import Handle
 from formax.layers.attention import ALiBi, KVCache, Mask
 from formax.layers.attention.paged import PagedCache
 from formax.model import Model
@@ -37,6 +37,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # One shape for all engines of a family: their programs are compiled once.
 SMALL: dict[str, Any] = {"slots": 3, "page_size": 4, "max_length": 32, "chunk": 16}
 MODELS: dict[str, Model] = {}
+
+
+def programs(function: Any) -> int:
+    """How many programs a jitted function was compiled to."""
+    return int(function._cache_size())
 
 
 def model_of(name: str) -> Model:
@@ -78,7 +83,7 @@ def one_by_one(engine: Engine, prompt: Any, **settings: Any) -> list[int]:
 def test_random_requests_at_random_times(family: str) -> None:
     model, rng = model_of(family), np.random.default_rng(1)
     engine = engine_of(model)
-    before = slots.write._cache_size(), slots.read_piece._cache_size()
+    before = programs(slots.write), programs(slots.read_piece)
     handles: list[Handle] = []
     told: dict[int, list[int]] = {}
     while len(handles) < 14 or engine.busy:
@@ -97,7 +102,7 @@ def test_random_requests_at_random_times(family: str) -> None:
     assert stats["pages_free"] == stats["pages"] == (0 if family == "mamba" else 9)
     assert (stats["evictions"] > 0) == (family != "mamba")
     # One program writes; one reads, which cuts and fills: a state is read in pieces of 1, 2 and 4.
-    after = slots.write._cache_size(), slots.read_piece._cache_size()
+    after = programs(slots.write), programs(slots.read_piece)
     assert (after[0] - before[0], after[1] - before[1]) == (1, 3 if family == "mamba" else 1)
 
 
@@ -121,7 +126,7 @@ def test_long_prompts_are_read_in_pieces(family: str) -> None:
 
 
 def test_what_is_drawn_depends_on_the_key_alone(llama: Model) -> None:
-    draws = {"max_new_tokens": 10, "temperature": 1.5, "top_k": 0, "eos_token_id": []}
+    draws: Any = {"max_new_tokens": 10, "temperature": 1.5, "top_k": 0, "eos_token_id": []}
     engine = engine_of(llama)
     alone = one_by_one(engine, ids(5), key=jax.random.key(4), **draws)
     assert alone != one_by_one(engine, ids(5), key=jax.random.key(5), **draws)
@@ -130,7 +135,7 @@ def test_what_is_drawn_depends_on_the_key_alone(llama: Model) -> None:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(4), jnp.arange(10))
     assert jax.vmap(jax.random.categorical)(keys, scores).tolist() == alone
     # Among others, evicted on the way, in another slot.
-    before = slots.write._cache_size()
+    before = programs(slots.write)
     others = [engine.submit(ids(7, i), max_new_tokens=12, temperature=0.5, top_p=0.9, eos_token_id=[]) for i in (1, 2)]
     engine.step()
     handle = engine.submit(ids(5), key=jax.random.key(4), **draws)
@@ -139,7 +144,7 @@ def test_what_is_drawn_depends_on_the_key_alone(llama: Model) -> None:
     assert handle.result()[5:].tolist() == alone
     assert engine.evictions > evictions
     assert all(one.result().size == 19 for one in others)
-    assert slots.write._cache_size() == before
+    assert programs(slots.write) == before
 
 
 def test_settings_do_what_they_do_in_generate() -> None:
@@ -264,6 +269,8 @@ def test_pool() -> None:
     a, b = content_of(b"", [1, 2]), content_of(b"", [1, 3])
     assert content_of(a, [5]) != content_of(b, [5])
     first, second = pool.take(), pool.take()
+    assert first is not None
+    assert second is not None
     pool.know(first, a)
     pool.know(second, b)
     assert pool.share(a) == first
@@ -305,7 +312,7 @@ def test_tokens_come_one_by_one(llama: Model) -> None:
         async def one(prompt: np.ndarray) -> list[int]:
             return [token async for token in engine.submit(prompt, max_new_tokens=6)]
 
-        return await asyncio.gather(one(ids(5)), one(ids(5)))
+        return list(await asyncio.gather(one(ids(5)), one(ids(5))))
 
     assert asyncio.run(read()) == [expected] * 2
     with engine:

@@ -6,8 +6,8 @@ There is a class for every architecture of every family, also for those that tra
 class for every head. They are called as the originals are. `model.params` is a nested dict under Flax's names, which is
 what optimisers' masks speak of; gradients with respect to it have the same shape. The package `flax` is not needed.
 
-What differs: a call outside of a trace is compiled; configurations are frozen (`config.replace(...)`); generation is
-yet to come.
+What differs: a call outside of a trace is compiled, and so is `generate`; configurations are frozen
+(`config.replace(...)`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from formax.compat import files, names, outputs
-from formax.compat.auto import Auto
 from formax.compat.spelling import Spelling, flat, nested, spelling
+from formax.compat.writing import FlaxGenerationMixin
 from formax.conversion.load import floating
 from formax.core import spec as specs
 from formax.core.config import Config
 from formax.core.family import Architecture, Family
+from formax.generation.config import GenerationConfig
 from formax.layers.seq2seq import states_of
-from formax.loading import load
+from formax.loading import generation_config, load
 from formax.model import Model
 
 # Inputs that Flax's classes did not take, which come by name only.
@@ -40,6 +41,7 @@ BY_NAME = {
     "encoder_outputs",
     "inputs_embeds",
     "interpolate_pos_encoding",
+    "logits_to_keep",
     "output_router_logits",
 }
 # Places of a call that are kept where the model has no such input.
@@ -56,7 +58,7 @@ FEATURE_ENCODER = "feature_extractor"
 HIDING = ("mask_time_prob", "mask_feature_prob")
 
 
-class FlaxPreTrainedModel:
+class FlaxPreTrainedModel(FlaxGenerationMixin):
     """A model as transformers' Flax had it: parameters and computation apart, dropout on where `train=True` says so.
 
     Attributes:
@@ -65,10 +67,9 @@ class FlaxPreTrainedModel:
         dtype: what is computed in; parameters keep their own dtype.
         input_shape: kept for those who ask; shapes of inputs are no part of a model here.
         key: the legacy key of the seed.
+        generation_config: what `generate` does if it is not told otherwise; None of a model that does not write.
     """
 
-    family: ClassVar[Family]
-    architecture: ClassVar[Architecture]
     config_class: ClassVar[type[Config]]
     base_model_prefix: ClassVar[str]
     main_input_name: ClassVar[str]
@@ -103,6 +104,7 @@ class FlaxPreTrainedModel:
         self._remat = gradient_checkpointing
         self._is_initialized = _do_init
         self._params: dict[str, Any] | None = None
+        self.generation_config: GenerationConfig | None = generation_config(self.architecture, config)
         self.input_shape = input_shape
         self.key = jax.random.PRNGKey(seed)
         if _do_init:
@@ -250,18 +252,6 @@ class FlaxPreTrainedModel:
         model = Model(params, self._config, self.architecture, self.family)
         return model.init_cache(batch_size, max_length, length, self._dtype)
 
-    def generate(self, *args: Any, **given: Any) -> Any:
-        """Generation is yet to come.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("formax does not generate yet; until it does, call the model with init_cache's cache")
-
-    def can_generate(self) -> bool:
-        """Whether there is `generate`."""
-        return False
-
     @property
     def module(self) -> FlaxModule:
         """The computation alone, as `module.apply({"params": params}, ...)`."""
@@ -270,6 +260,11 @@ class FlaxPreTrainedModel:
     @property
     def _is_seq2seq(self) -> bool:
         return self.config_class().is_encoder_decoder
+
+    def _writer(self, params: Any = None) -> Model:
+        given = self.params if params is None else params
+        ours = self._spelling.ours(given, self._dtype)
+        return Model(ours, self._config, self.architecture, self.family, generation_config=self.generation_config)
 
     def _model_of(
         self, method: str | None, params: Any = None, quiet: bool = False, frozen: str | None = None
@@ -422,6 +417,7 @@ class FlaxPreTrainedModel:
             **options,
         )
         model = cls(opened.config, input_shape, seed, dtype, False, gradient_checkpointing)
+        model.generation_config = opened.generation_config
         params = model._spelling.theirs(opened.params)
         if not _do_init:
             return model, params
@@ -457,7 +453,8 @@ class FlaxPreTrainedModel:
         if push_to_hub:
             raise NotImplementedError("push_to_hub: save to a folder, and give it to huggingface_hub.upload_folder")
         ours = self._spelling.ours(self.params if params is None else params)
-        model = Model(ours, self._config, self.architecture, self.family)
+        own = self.generation_config
+        model = Model(ours, self._config, self.architecture, self.family, generation_config=own)
         format = "pytorch" if safe_serialization else "flax"
         return files.save(model, save_directory, max_shard_size, format)
 
@@ -558,32 +555,19 @@ def _cast(params: Mapping[str, Any], dtype: Any, mask: Any) -> dict[str, Any]:
 # --- classes by name
 
 
-@lru_cache(maxsize=4096)
-def _class(family: Family, architecture: Architecture) -> type[FlaxPreTrainedModel]:
-    """The class of an architecture, one whatever it is called by."""
-    name = f"Flax{architecture.name}"
-    own = family.base if architecture.base is None else architecture.base
-    fields = {
-        "family": family,
-        "architecture": architecture,
-        "config_class": family.config,
-        "base_model_prefix": own,
+def _fields(family: Family, architecture: Architecture) -> dict[str, Any]:
+    return {
+        "base_model_prefix": family.base if architecture.base is None else architecture.base,
         "main_input_name": Model({}, family.config(), architecture, family).input_names[0],
-        "__module__": __name__,
-        "__doc__": f"transformers' {name}: `{architecture.name}` of the family {family.model_type}.",
     }
-    return type(name, (FlaxPreTrainedModel,), fields)
 
 
-@lru_cache(maxsize=256)
-def _auto(name: str, task: str) -> type[Auto]:
-    fields = {"make": staticmethod(_class), "task": task, "__module__": __name__}
-    return type(name, (Auto,), {**fields, "__doc__": Auto.__doc__})
+SURFACE = names.Surface(__name__, "Flax", FlaxPreTrainedModel, _fields)
 
 
 def __getattr__(name: str) -> Any:
-    return names.resolve(__name__, "Flax", name, _class, _auto)
+    return SURFACE.find(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *names.class_names("Flax")})
+    return sorted({*globals(), *SURFACE.listed()})

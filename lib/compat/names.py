@@ -1,16 +1,20 @@
-"""Class names of transformers' Flax and TensorFlow, which follow from the table of families.
+"""The classes of transformers' Flax and TensorFlow, whose names follow from the table of families.
 
 A class is the architecture's name behind "Flax" or "TF", an Auto class that of formax behind the same. So no list of
-them is kept, and a family that is registered has its classes, too.
+them is kept, and a family that is registered has its classes, too. What belongs to `generate` has names of its own.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from formax import auto
+from formax.compat import generation, outputs
+from formax.compat.auto import Auto
 from formax.core import registry
 from formax.core.family import Architecture, Family
 
@@ -57,40 +61,72 @@ def tasks() -> dict[str, str]:
     return {name: kind.task for name, kind in kinds}
 
 
-def class_names(prefix: str) -> list[str]:
-    """Every name that `resolve` knows."""
-    plain = [*tasks()]
-    for family in families():
-        plain += [*(arch.name for arch in family.architectures), *family.old_names]
-    return sorted(f"{prefix}{name}" for name in plain)
+@dataclass(frozen=True)
+class Surface:
+    """A module of classes as another framework has them.
 
-
-def resolve(
-    module: str,
-    prefix: str,
-    name: str,
-    make: Callable[[Family, Architecture], Any],
-    make_auto: Callable[[str, str], Any],
-) -> Any:
-    """The class of a name: what a module's `__getattr__` gives.
-
-    Args:
-        module: the module's own name, for messages.
-        prefix: "Flax" or "TF".
-        name: what is asked for.
-        make: (family, architecture) -> class.
-        make_auto: (name of the class, task) -> Auto class.
-
-    Raises:
-        AttributeError: there is no such class; the message has the nearest.
+    Attributes:
+        module: its name.
+        prefix: what its classes' names begin with.
+        base: what they inherit from.
+        fields: what a class has of its own, beside its family and its architecture.
     """
-    if not name.startswith(prefix):
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    plain = name.removeprefix(prefix)
-    if (task := tasks().get(plain)) is not None:
-        return make_auto(name, task)
-    if (found := find(plain)) is not None:
-        return make(*found)
-    near = difflib.get_close_matches(name, class_names(prefix), n=3)
-    hint = f"; the nearest are {', '.join(near)}" if near else ""
-    raise AttributeError(f"module {module!r} has no class {name!r}, for formax has no such family or head{hint}")
+
+    module: str
+    prefix: str
+    base: type
+    fields: Callable[[Family, Architecture], dict[str, Any]]
+
+    def listed(self) -> list[str]:
+        """Every name that `find` knows."""
+        plain = [*tasks(), *generation.listed()]
+        for family in families():
+            plain += [*(arch.name for arch in family.architectures), *family.old_names]
+        written = [name for name in outputs.WRITTEN if name.startswith(self.prefix)]
+        return sorted([*(f"{self.prefix}{name}" for name in plain), *written])
+
+    def find(self, name: str) -> Any:
+        """The class of a name: what the module's `__getattr__` gives.
+
+        Raises:
+            AttributeError: there is no such class; the message has the nearest.
+        """
+        if not name.startswith(self.prefix):
+            raise AttributeError(f"module {self.module!r} has no attribute {name!r}")
+        plain = name.removeprefix(self.prefix)
+        if (task := tasks().get(plain)) is not None:
+            return _auto_class(self, name, task)
+        if (made := outputs.written(name) or generation.find(name, self.prefix)) is not None:
+            return made
+        if (found := find(plain)) is not None:
+            return _class(self, *found)
+        near = difflib.get_close_matches(name, self.listed(), n=3)
+        hint = f"; the nearest are {', '.join(near)}" if near else ""
+        raise AttributeError(
+            f"module {self.module!r} has no class {name!r}, for formax has no such family or head{hint}"
+        )
+
+
+@lru_cache(maxsize=4096)
+def _class(surface: Surface, family: Family, architecture: Architecture) -> Any:
+    """The class of an architecture, one whatever it is called by."""
+    name = f"{surface.prefix}{architecture.name}"
+    fields = {
+        "family": family,
+        "architecture": architecture,
+        "config_class": family.config,
+        "__module__": surface.module,
+        "__doc__": f"transformers' {name}: `{architecture.name}` of the family {family.model_type}.",
+    }
+    return type(name, (surface.base,), fields | surface.fields(family, architecture))
+
+
+@lru_cache(maxsize=256)
+def _auto_class(surface: Surface, name: str, task: str) -> Any:
+    """The Auto class of a task."""
+
+    def make(family: Family, architecture: Architecture) -> Any:
+        return _class(surface, family, architecture)
+
+    fields = {"make": staticmethod(make), "task": task, "__module__": surface.module, "__doc__": Auto.__doc__}
+    return type(name, (Auto,), fields)

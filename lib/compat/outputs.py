@@ -1,14 +1,18 @@
-"""Outputs under the names of transformers' Flax and TensorFlow: what decoding goes on from is `past_key_values`."""
+"""Outputs under the names of transformers' Flax and TensorFlow: what decoding goes on from is `past_key_values`.
+
+So are what `generate` gives back, from `FlaxGreedySearchOutput` to `TFContrastiveSearchEncoderDecoderOutput`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import jax
 
 from formax.core.outputs import Output
+from formax.generation import outputs as generated
 
 # Fields of a decoder in an encoder-decoder's output -> as an output of the decoder alone has them.
 DECODER = {
@@ -19,9 +23,29 @@ DECODER = {
     "decoder_attentions": "attentions",
     "cross_attentions": "cross_attentions",
 }
+# What `generate` of TensorFlow gives back, by the way of generating; of decoders and of encoder-decoders.
+TF_KINDS = ("GreedySearch", "Sample", "ContrastiveSearch", "BeamSearch", "BeamSample")
+TF_PARTS = ("DecoderOnly", "EncoderDecoder")
+# What `generate` of formax has besides.
+NOT_IN_TF = {"logits", "cache"}
+# Output of `generate` -> its fields.
+WRITTEN: dict[str, tuple[str, ...]] = {
+    "FlaxGreedySearchOutput": ("sequences",),
+    "FlaxSampleOutput": ("sequences",),
+    "FlaxBeamSearchOutput": ("sequences", "scores"),
+    **{
+        f"TF{kind}{part}Output": tuple(
+            field.name
+            for field in dataclasses.fields(getattr(generated, f"{kind}{part}Output"))
+            if field.name not in NOT_IN_TF
+        )
+        for kind in TF_KINDS
+        for part in TF_PARTS
+    },
+}
 
 
-@lru_cache(maxsize=128)
+@cache
 def _made(name: str, fields: tuple[str, ...]) -> Any:
     """A class of outputs with these fields, a pytree; one for each name and fields."""
     spec = [(field, Any, dataclasses.field(default=None)) for field in fields]
@@ -35,6 +59,11 @@ def renamed(out: Any, prefix: str) -> Any:
     fields = {field.name: getattr(out, field.name) for field in dataclasses.fields(out)}  # type: ignore[arg-type]
     fields = {("past_key_values" if name == "cache" else name): value for name, value in fields.items()}
     return _made(f"{prefix}{type(out).__name__}", tuple(fields))(**fields)
+
+
+def written(name: str) -> Any:
+    """The class of an output of `generate`; None if there is none of that name."""
+    return _made(name, WRITTEN[name]) if name in WRITTEN else None
 
 
 def of_decoder(out: Any, prefix: str) -> Any:

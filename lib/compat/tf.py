@@ -13,7 +13,6 @@ Keras is not here: a model is trained by `formax.training`, and a random key say
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,31 +20,30 @@ import jax
 import jax.numpy as jnp
 
 from formax.compat import files, names, outputs
-from formax.compat.auto import Auto
+from formax.compat.generation import top_k_top_p_filtering
+from formax.compat.writing import TFGenerationMixin
 from formax.core.config import Config
-from formax.core.family import Architecture, Family
-from formax.loading import load
+from formax.generation.config import GenerationConfig
+from formax.loading import generation_config, load
 from formax.model import Model
 
+tf_top_k_top_p_filtering = top_k_top_p_filtering
 # What Keras' models have and these do not -> what there is for it.
 KERAS = {
     **dict.fromkeys(
         ("compile", "fit", "evaluate", "prepare_tf_dataset"), "formax.training has the steps and the losses"
     ),
     "predict": "call the model",
-    "generate": "formax does not generate yet",
 }
 
 
-class TFPreTrainedModel:
+class TFPreTrainedModel(TFGenerationMixin):
     """A model as transformers' TensorFlow had it.
 
     Attributes:
         model: the `formax.Model` that it is.
     """
 
-    family: ClassVar[Family]
-    architecture: ClassVar[Architecture]
     config_class: ClassVar[type[Config]]
     framework: ClassVar[str] = "tf"
 
@@ -60,12 +58,25 @@ class TFPreTrainedModel:
             TypeError: a configuration of another family.
         """
         names.check_config(type(self).__name__, self.family, config)
-        self.model = Model.initialise(config, self.architecture, self.family, jax.random.key(seed), jnp.float32)
+        made = Model.initialise(config, self.architecture, self.family, jax.random.key(seed), jnp.float32)
+        self.model = made.replace(generation_config=generation_config(self.architecture, config))
 
     @property
     def config(self) -> Config:
         """The configuration."""
         return self.model.config
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """What `generate` does if it is not told otherwise; None of a model that does not write."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.model = self.model.replace(generation_config=config)
+
+    def _writer(self, params: Any = None) -> Model:
+        return self.model
 
     @property
     def params(self) -> Any:
@@ -225,29 +236,12 @@ class TFPreTrainedModel:
         return files.save(self.model, save_directory, max_shard_size, "pytorch" if safe_serialization else "tf")
 
 
-@lru_cache(maxsize=4096)
-def _class(family: Family, architecture: Architecture) -> type[TFPreTrainedModel]:
-    """The class of an architecture, one whatever it is called by."""
-    name = f"TF{architecture.name}"
-    fields = {
-        "family": family,
-        "architecture": architecture,
-        "config_class": family.config,
-        "__module__": __name__,
-        "__doc__": f"transformers' {name}: `{architecture.name}` of the family {family.model_type}.",
-    }
-    return type(name, (TFPreTrainedModel,), fields)
-
-
-@lru_cache(maxsize=256)
-def _auto(name: str, task: str) -> type[Auto]:
-    fields = {"make": staticmethod(_class), "task": task, "__module__": __name__}
-    return type(name, (Auto,), {**fields, "__doc__": Auto.__doc__})
+SURFACE = names.Surface(__name__, "TF", TFPreTrainedModel, lambda family, architecture: {})
 
 
 def __getattr__(name: str) -> Any:
-    return names.resolve(__name__, "TF", name, _class, _auto)
+    return SURFACE.find(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *names.class_names("TF")})
+    return sorted({*globals(), *SURFACE.listed()})

@@ -1,6 +1,6 @@
 """Generation: its settings, what is done to scores before a token is chosen, and when it stops."""
 
-from formax.generation.api import generate, stream
+from formax.generation.api import astream, generate, stream
 from formax.generation.config import (
     GenerationConfig,
     GenerationMode,
@@ -13,9 +13,17 @@ from formax.generation.outputs import transition_scores
 from formax.generation.processors import processors_of, then
 from formax.generation.state import Rule, Tokens
 from formax.generation.stopping import MaxTime, any_of, criteria_of, stop_strings
+from formax.generation.streamers import (
+    AsyncTextIteratorStreamer,
+    BaseStreamer,
+    TextIteratorStreamer,
+    TextStreamer,
+)
 from formax.generation.watermark import SynthIDDetector, WatermarkDetector, WatermarkReport
 
 __all__ = [
+    "AsyncTextIteratorStreamer",
+    "BaseStreamer",
     "DisjunctiveConstraint",
     "Engine",
     "GenerationConfig",
@@ -25,11 +33,14 @@ __all__ = [
     "Rule",
     "SynthIDDetector",
     "SynthIDTextWatermarkingConfig",
+    "TextIteratorStreamer",
+    "TextStreamer",
     "Tokens",
     "WatermarkDetector",
     "WatermarkReport",
     "WatermarkingConfig",
     "any_of",
+    "astream",
     "criteria_of",
     "generate",
     "processors_of",

@@ -1,9 +1,12 @@
-"""`generate` and `stream`: a model writes."""
+"""`generate`, `stream` and `astream`: a model writes."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import Any
 
@@ -41,11 +44,12 @@ def generate(
         model: a model with a head for the next token.
         inputs: its first input: `input_ids` [B, T] of a text model, `input_features` of one that hears.
         generation_config: settings; what they leave at the defaults is as the model's own `generation_config` has it.
-        logits_processor: further rules for scores (`formax.generation.processors`), or functions (state, scores).
-        stopping_criteria: further rules for the end (`formax.generation.stopping`), or functions (state, scores).
+        logits_processor: further rules for scores (`formax.generation.processors`), functions (state, scores), or
+            objects whose `rule` is one (`formax.compat.generation`).
+        stopping_criteria: likewise for the end (`formax.generation.stopping`), `MaxTime` among them.
         prefix_allowed_tokens_fn: a function of (row, tokens so far) that gives the tokens which may follow.
         assistant_model: a smaller model of the same vocabulary that proposes tokens.
-        streamer: an object with `put(tokens)` and `end()` that is handed every token.
+        streamer: an object with `put(tokens)` and `end()` that is handed every token (`formax.generation.streamers`).
         negative_prompt_ids: [B, N] the prompt that `guidance_scale` leads away from; the last token by default.
         negative_prompt_attention_mask: [B, N] which of these are no padding.
         use_model_defaults: False takes nothing but the special tokens from the model's own settings.
@@ -78,6 +82,28 @@ def generate(
         cache=cache,
         given=arguments,
     )
+    negative = negative_prompt_ids, negative_prompt_attention_mask
+    return run(task, key, streamer, negative, assistant_model, {"inputs": inputs, "given": arguments})
+
+
+def run(
+    task: Task,
+    key: jax.Array | None,
+    streamer: Any = None,
+    negative: tuple[Any, Any] = (None, None),
+    assistant_model: Model | None = None,
+    what: dict[str, Any] | None = None,
+) -> Any:
+    """Does what `generate` is asked for.
+
+    Args:
+        task: what is generated.
+        key: random key.
+        streamer: as in `generate`, and so on:
+        negative: the prompt that guidance leads away from, and its mask.
+        assistant_model: a smaller model that proposes tokens.
+        what: its inputs, as they were given for the task.
+    """
     key = _key(task, key)
     match task.mode:
         case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
@@ -87,10 +113,8 @@ def generate(
         case GenerationMode.CONTRASTIVE:
             own = partial(contrastive.write, task)
         case GenerationMode.ASSISTED:
-            what = {"inputs": inputs, "given": arguments}
-            return assisted.write(task, key, assistant_model, what, streamer)
+            return assisted.write(task, key, assistant_model, what or {}, streamer)
         case _:
-            negative = negative_prompt_ids, negative_prompt_attention_mask
             return sampling.write(task, key, streamer, *negative)
     if streamer is not None:
         raise ValueError(f"{task.mode.value} knows its text only at the end: it has nothing to stream")
@@ -121,6 +145,35 @@ def stream(
             f"{task.mode.value} knows its text only at the end: stream() is for greedy search and sampling"
         )
     return sampling.tokens_of(task, _key(task, key), negative, negative_mask)
+
+
+async def astream(
+    model: Model, inputs: Any = None, generation_config: GenerationConfig | None = None, **arguments: Any
+) -> AsyncIterator[np.ndarray]:
+    """As `stream`, for `async for`: a thread of its own computes, so that the event loop goes on meanwhile.
+
+    Where the loop is left, or its task cancelled, the step that is being computed is the last.
+
+    Yields:
+        int32 [B], the next token of every row; of rows that have ended, the padding token.
+
+    Raises:
+        TypeError: as `generate`, with the first token.
+        ValueError: as `stream`, likewise.
+    """
+    loop, context = asyncio.get_running_loop(), copy_context()
+    # One thread: what is asked of it last, to close the stream, it does after the step that it is at.
+    worker = ThreadPoolExecutor(1, "formax-stream")
+    begin = partial(stream, model, inputs, generation_config, **arguments)
+    tokens: Iterator[np.ndarray] | None = None
+    try:
+        tokens = await loop.run_in_executor(worker, context.run, begin)
+        step = partial(next, tokens, None)
+        while (token := await loop.run_in_executor(worker, context.run, step)) is not None:
+            yield token
+    finally:
+        worker.submit(lambda: tokens is not None and tokens.close())  # type: ignore[attr-defined]
+        worker.shutdown(wait=False)
 
 
 def _key(task: Task, key: Any) -> jax.Array | None:

@@ -220,10 +220,15 @@ def task_of(
         config,
         encoder_ids=encoder_ids,
         prefix_allowed=prefix_allowed_tokens_fn,
-        also=[_as_rule(one, "logits_processor", processors.custom) for one in logits_processor],
+        also=[_as_rule(_ruled(one), "logits_processor", processors.custom) for one in logits_processor],
     )
     ends, clock = stopping.criteria_of(config, tokenizer=tokenizer)
-    ends += tuple(_as_rule(one, "stopping_criteria", stopping.custom) for one in stopping_criteria)
+    own_ends = [_ruled(one) for one in stopping_criteria]
+    clocks = [one for one in (clock, *own_ends) if isinstance(one, stopping.MaxTime)]
+    clock = min(clocks, key=lambda one: one.start + one.seconds, default=None)
+    ends += tuple(
+        _as_rule(one, "stopping_criteria", stopping.custom) for one in own_ends if not isinstance(one, stopping.MaxTime)
+    )
     pad = config.pad_token_id if config.pad_token_id is not None else (config.eos_token_ids or (0,))[0]
     return Task(
         model=dataclasses.replace(model, generation_config=None),
@@ -558,6 +563,12 @@ def _vocabulary(model: Model, config: GenerationConfig) -> int | None:
             if not 0 <= one < size and not (name == "pad_token_id" and one < 0):
                 raise ConfigError(f"{name}={value} is no token of the model: its vocabulary has {size}")
     return int(size)
+
+
+def _ruled(one: Any) -> Any:
+    """What an object has as its `rule`; else the object."""
+    rule = getattr(one, "rule", None)
+    return one if rule is None else rule
 
 
 def _as_rule(one: Any, name: str, wrap: Callable[[Any], Rule]) -> Rule:
