@@ -13,6 +13,7 @@ import formax
 from formax.core.config import ConfigError
 from formax.generation import assisted, beams, processors, sampling, stopping
 from formax.generation.decoding import bucket, prefill
+from formax.sharding import make_mesh, shard
 
 KEY = jax.random.key(0)
 SMALL = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -396,6 +397,20 @@ def test_vectors_in_the_place_of_tokens(gpt2: Any) -> None:
     np.testing.assert_array_equal(out, gpt2.generate(IDS, **PLAIN)[:, 6:])
 
 
+def test_a_model_on_a_mesh_writes_the_same(llama: Any) -> None:
+    split = shard(llama, make_mesh(data=2, tensor=2))
+    assert len(split.params["layers"][0]["mlp"]["up"]["kernel"].sharding.device_set) == 4
+    for way in ({}, {"num_beams": 2}):
+        np.testing.assert_array_equal(split.generate(IDS, **PLAIN, **way), llama.generate(IDS, **PLAIN, **way))
+
+
+def test_a_changed_model_writes_what_it_would_have_said(llama: Any) -> None:
+    deaf = formax.intervene(llama, {"layers.1.mlp.out": lambda x: 0 * x})
+    out = deaf.generate(IDS, **PLAIN)
+    np.testing.assert_array_equal(out, by_hand(deaf, IDS, 10))
+    assert not np.array_equal(out, llama.generate(IDS, **PLAIN))
+
+
 def test_what_is_kept_of_every_step(llama: Any, t5: Any) -> None:
     asked = {"output_scores": True, "output_attentions": True, "output_hidden_states": True}
     out = llama.generate(IDS, max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True, **asked)
@@ -446,6 +461,8 @@ def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, ca
         gpt2.generate(IDS, attention_mask=np.ones((2, 5)))
     with pytest.raises(TypeError, match=r"takes no 'max_new_token'.*did you mean max_new_tokens"):
         gpt2.generate(IDS, max_new_token=3)
+    with pytest.raises(ConfigError, match="token_healing=True is not done here"):
+        gpt2.generate(IDS, token_healing=True)
     with pytest.raises(ConfigError, match="eos_token_id=99 is no token of the model"):
         gpt2.generate(IDS, eos_token_id=99)
     with pytest.raises(ConfigError, match="num_return_sequences=2 needs do_sample=True or num_beams > 1"):

@@ -72,7 +72,6 @@ class Task:
     pad: int
     keeps: tuple[str, ...]
     layers: tuple[int, ...] = ()
-
     rewinds: bool = False
 
     @property
@@ -168,6 +167,8 @@ def task_of(
     overrides, own = split_arguments(model, given)
     config, said = settings_of(model, generation_config, overrides, use_model_defaults)
     config.check()
+    if config.token_healing:
+        raise ConfigError("token_healing=True is not done here: cut the last token of the prompt off yourself")
     mode = config.mode(assistant=assisted)
     vocabulary = _vocabulary(model, config)
     seq2seq = "decoder_input_ids" in model.input_names
