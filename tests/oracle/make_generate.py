@@ -585,7 +585,6 @@ FAMILIES: dict[str, Family] = {
             "greedy",
             {
                 "plain": {},
-                "eos_several": {"eos_token_id": [31, 16, 36]},
                 "mixed": {
                     "min_new_tokens": 4,
                     "repetition_penalty": 1.2,
@@ -600,10 +599,7 @@ FAMILIES: dict[str, Family] = {
         + make(
             "beam",
             {
-                "4": {"num_beams": 4},
                 "3": THREE,
-                "3_early": THREE | {"early_stopping": True, "length_penalty": 0.0},
-                "3_never": THREE | {"early_stopping": "never", "length_penalty": 0.5},
                 "3_ngram": THREE | {"no_repeat_ngram_size": 2, "length_penalty": 2.0},
                 "2_scores": {"num_beams": 2, "max_new_tokens": 7, "_keep": SCORED},
             },
@@ -619,15 +615,12 @@ FAMILIES: dict[str, Family] = {
             {
                 "low": {"dola_layers": "low", "repetition_penalty": 1.2},
                 "high": {"dola_layers": "high", "repetition_penalty": 1.2},
-                "list": {"dola_layers": [0, 1, 4], "repetition_penalty": 1.2},
-                "scores": {"dola_layers": "low", "max_new_tokens": 6, "_keep": ("scores", "logits")},
             },
         )
         + make(
             "assisted",
             {
                 "draft": {"_assistant": {"num_assistant_tokens": 3}, "repetition_penalty": 1.3},
-                "lookup": {"prompt_lookup_num_tokens": 3, "_inputs": "one_padded"},
             },
             "one",
         ),
@@ -649,7 +642,6 @@ FAMILIES: dict[str, Family] = {
                 "left": {"_inputs": "left"},
                 "begun": {"_inputs": "begun"},
                 "begun_padded": {"_inputs": "begun_padded"},
-                "forced": {"forced_bos_token_id": 9, "forced_eos_token_id": 11},
                 "of_encoder": {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 1.5},
                 "scores": {"repetition_penalty": 1.3, "_keep": ("scores", "logits", "transition_scores")},
                 "shapes": {"_keep": ("shapes",), "max_new_tokens": 3},
@@ -658,11 +650,8 @@ FAMILIES: dict[str, Family] = {
         + make(
             "beam",
             {
-                "4": {"num_beams": 4},
                 "3": THREE,
                 "3_begun": THREE | {"_inputs": "begun"},
-                "3_early": THREE | {"early_stopping": True, "length_penalty": 0.5},
-                "3_never": THREE | {"early_stopping": "never", "length_penalty": 1.5},
                 "3_mixed": THREE | {"no_repeat_ngram_size": 2, "min_new_tokens": 5},
                 "2_scores": {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 6, "_keep": SCORED},
             },
@@ -674,7 +663,6 @@ FAMILIES: dict[str, Family] = {
         + make(
             "constrained",
             {
-                "words": THREE | {"force_words_ids": [[33, 20]]},
                 "any_word": THREE | {"force_words_ids": [[[33, 20], [12, 9]], [41]]},
             },
         )
@@ -683,7 +671,6 @@ FAMILIES: dict[str, Family] = {
             "assisted",
             {
                 "draft": {"_assistant": {"num_assistant_tokens": 3}},
-                "lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": [11, 5]},
             },
             "one",
         ),
@@ -698,7 +685,6 @@ FAMILIES: dict[str, Family] = {
                 "plain": {},
                 "begun": {"_inputs": "begun"},
                 "forced_bos": {"forced_bos_token_id": 45, "no_repeat_ngram_size": 3, "min_length": 6, "max_length": 11},
-                "scores": {"eos_token_id": [11, 9], "_keep": ("scores", "transition_scores"), "max_new_tokens": 8},
                 "shapes": {"_keep": ("shapes",), "max_new_tokens": 3},
             },
         )
@@ -714,8 +700,6 @@ FAMILIES: dict[str, Family] = {
                     "early_stopping": True,
                     "min_length": 5,
                 },
-                "3": THREE | {"eos_token_id": [11, 9]},
-                "3_never": THREE | {"early_stopping": "never", "length_penalty": -1.0},
                 "2_scores": {"num_beams": 2, "max_new_tokens": 6, "_keep": SCORED},
             },
         )
@@ -737,7 +721,6 @@ FAMILIES: dict[str, Family] = {
                 "plain": {},
                 "begun": {"_inputs": "begun"},
                 "suppress": {"suppress_tokens": [3, 6], "begin_suppress_tokens": [8, 37], "_inputs": "begun"},
-                "scores": {"_keep": ("scores", "logits"), "max_new_tokens": 6},
                 "shapes": {"_keep": ("shapes",), "max_new_tokens": 3},
             },
             "sound",
@@ -747,8 +730,6 @@ FAMILIES: dict[str, Family] = {
             {
                 "3": THREE,
                 "3_begun": THREE | {"_inputs": "begun"},
-                "3_penalty": THREE | {"length_penalty": 0.5, "early_stopping": True, "eos_token_id": [39, 3]},
-                "2_scores": {"num_beams": 2, "max_new_tokens": 5, "_keep": SCORED},
             },
             "sound",
         )
