@@ -314,9 +314,9 @@ def test_processors_of_a_call(opened: Opener) -> None:
         found = model.generate(**given, logits_processor=flax.FlaxLogitsProcessorList([one])).sequences
         np.testing.assert_array_equal(found[:, :length], expected)
         np.testing.assert_array_equal(keras.generate(**given, logits_processor=[one]), expected)
-    before = programs(sampling.begin)
+    before = programs(sampling.go)
     model.generate(**given, logits_processor=[flax.FlaxRepetitionPenaltyLogitsProcessor(penalty + 0.5)])
-    assert programs(sampling.begin) == before
+    assert programs(sampling.go) == before
     plain = keras.model.generate(**given, logits_processor=[generation.RepetitionPenaltyLogitsProcessor(penalty)])
     np.testing.assert_array_equal(plain, expected)
 
@@ -330,9 +330,9 @@ def test_processors_of_a_call(opened: Opener) -> None:
     one = Counts()
     found = np.asarray(model.generate(**given, eos_token_id=None, logits_processor=[one]).sequences)
     np.testing.assert_array_equal(found[:, 10:], found[:, 8:-2])
-    before = programs(sampling.begin)
+    before = programs(sampling.go)
     model.generate(**given, eos_token_id=None, logits_processor=[one])
-    assert programs(sampling.begin) == before
+    assert programs(sampling.go) == before
     with pytest.raises(TypeError, match="takes processors, or functions"):
         model.generate(**given, logits_processor=[3])
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import programs
 
 import formax
 from formax.core.config import ConfigError
@@ -37,11 +38,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # One shape for all engines of a family: their programs are compiled once.
 SMALL: dict[str, Any] = {"slots": 3, "page_size": 4, "max_length": 32, "chunk": 16}
 MODELS: dict[str, Model] = {}
-
-
-def programs(function: Any) -> int:
-    """How many programs a jitted function was compiled to."""
-    return int(function._cache_size())
 
 
 def model_of(name: str) -> Model:

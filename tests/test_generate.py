@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import programs
 
 import formax
 from formax.core.config import ConfigError
@@ -56,11 +57,6 @@ def t5() -> Any:
 
 IDS = np.array([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 PLAIN: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
-
-
-def programs(function: Any) -> int:
-    """How many programs a jitted function was compiled to."""
-    return int(function._cache_size())
 
 
 def by_hand(model: Any, ids: np.ndarray, steps: int) -> np.ndarray:
@@ -400,7 +396,8 @@ def test_vectors_in_the_place_of_tokens(gpt2: Any) -> None:
 def test_a_model_on_a_mesh_writes_the_same(llama: Any) -> None:
     split = shard(llama, make_mesh(data=2, tensor=2))
     assert len(split.params["layers"][0]["mlp"]["up"]["kernel"].sharding.device_set) == 4
-    for way in ({}, {"num_beams": 2}):
+    ways: list[dict[str, Any]] = [{}, {"num_beams": 2}]
+    for way in ways:
         np.testing.assert_array_equal(split.generate(IDS, **PLAIN, **way), llama.generate(IDS, **PLAIN, **way))
 
 

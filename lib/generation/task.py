@@ -170,7 +170,7 @@ def task_of(
     if config.token_healing:
         raise ConfigError("token_healing=True is not done here: cut the last token of the prompt off yourself")
     mode = config.mode(assistant=assisted)
-    vocabulary = _vocabulary(model, config)
+    vocabulary = _vocabulary(model, config, said)
     seq2seq = "decoder_input_ids" in model.input_names
     main = model.input_names[0]
     if inputs is not None:
@@ -553,12 +553,16 @@ def _known(value: int | None) -> int:
 # ------------------------------------------------------------------------------------------------------------- the rest
 
 
-def _vocabulary(model: Model, config: GenerationConfig) -> int | None:
-    """How many tokens there are; the special ones must be among them."""
+def _vocabulary(model: Model, config: GenerationConfig, said: set[str]) -> int | None:
+    """How many tokens there are; special ones that the call names must be among them.
+
+    Of the model's own, those that are not are never chosen, and so do no harm.
+    """
     size = getattr(model.config, "vocab_size", None)
     if size is None:
         return None
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id"):
+    special = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+    for name in (one for one in special if one in said):
         value = getattr(config, name)
         for one in (value,) if isinstance(value, int) else value or ():
             if not 0 <= one < size and not (name == "pad_token_id" and one < 0):
