@@ -218,13 +218,17 @@ class Model:
         Raises:
             TypeError: the family does not decode, or the layers are stacked.
         """
-        if self._is_stacked:
-            raise TypeError("decoding step by step wants the layers one by one: unstack_layers() first")
+        self.check_unstacked()
         make = self.family.init_cache
         cache = None if make is None else make(self.config, batch, length, encoder_length, dtype)
         if cache is None:
             raise TypeError(f"{self.architecture.name} does not decode step by step, so it has no cache")
         return cache
+
+    def check_unstacked(self) -> None:
+        """Raises TypeError for layers in a stack, which no cache is for."""
+        if self._is_stacked:
+            raise TypeError("decoding step by step wants the layers one by one: unstack_layers() first")
 
     # --- writing
 

@@ -47,11 +47,7 @@ class How(sampling.How):
     ngram: int = 2
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "context", "draft", "done", "key", "record", "number"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Texts:
     """Texts that are being written; as `sampling.Texts`.
@@ -96,7 +92,7 @@ def go(
     return texts, texts.done.all()
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["ids", "count", "scores", "draft", "key"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Guessed:
     """Guesses int32 [B, G], how many there are, the assistant's scores [G, B, V] (None for none), what it knows."""
@@ -134,13 +130,13 @@ def _guess(assistant: Model | None, texts: Texts, rules: Rules, threshold: Array
         return (carry[0].length - first < most) & carry[-1]
 
     size = jax.eval_shape(lambda: read_last(assistant, feed, known, texts.tokens)[0]).shape[-1]
-    scores = jnp.zeros((how.guesses if how.samples else 0, rows, size))
+    scores = jnp.zeros((0 if texts.key is None else how.guesses, rows, size))
     start = (texts.tokens, known, texts.key, scores, jnp.ones((), bool))
     tokens, context, key, scores, _ = jax.lax.while_loop(goes_on, step, start)
     # It has not read its last guess, and will have to if that is right.
     _, context, _ = read_last(assistant, feed, context, tokens)
     ids = jax.lax.dynamic_slice_in_dim(tokens.ids, first, how.guesses, axis=1)
-    return _Guessed(ids, jnp.asarray(tokens.length - first), scores if how.samples else None, context, key)
+    return _Guessed(ids, jnp.asarray(tokens.length - first), None if key is None else scores, context, key)
 
 
 def lookup(tokens: Tokens, guesses: int, ngram: int) -> tuple[Array, Array]:
@@ -212,10 +208,9 @@ def _judge(model: Model, texts: Texts, rules: Rules, guessed: _Guessed, how: How
 def _right(scores: Array, guessed: _Guessed, how: How) -> tuple[Array, Array, Array | None]:
     """Of each guess whether it is right (bool [B, G]), and the token to write where it is not (int32 [B, G + 1])."""
     ids, key = guessed.ids, guessed.key
-    if not how.samples:
+    if key is None:
         chosen = jnp.argmax(scores, axis=-1).T.astype(jnp.int32)
         return ids == chosen[:, :-1], chosen, key
-    assert key is not None
     key, first, second = jax.random.split(key, 3)
     if guessed.scores is None:
         # Nobody drew the guesses: draw as always, and see whether they are the same.

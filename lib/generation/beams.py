@@ -36,7 +36,6 @@ class How:
     Attributes:
         beams: beams of every input.
         candidates: continuations that are looked at in every step.
-        samples: draw them, instead of taking the likeliest.
         early: `early_stopping` of the settings.
     """
 
@@ -45,15 +44,10 @@ class How:
     keeps: tuple[str, ...]
     beams: int
     candidates: int
-    samples: bool
     early: bool | str
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["process", "criteria", "fill", "length_penalty", "most"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rules:
     """What is no part of the program.
@@ -72,8 +66,18 @@ class Rules:
     length_penalty: Array
     most: Array
 
+    def weighed(self, sums: Array, length: Array) -> Array:
+        """Scores of texts of this length, which sums of log-probabilities become."""
+        return sums / length.astype(jnp.float32) ** self.length_penalty
 
-@partial(jax.tree_util.register_dataclass, data_fields=["ids", "scores", "parents", "ended"], meta_fields=[])
+    def hoped(self, sums: Array, length: Array, how: How) -> Array:
+        """The best scores that texts of this length may come to."""
+        if how.early == "never":  # long texts are favoured by a positive power: take the longest
+            length = jnp.where(self.length_penalty > 0, self.most, length)
+        return self.weighed(sums, length)
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Some:
     """Some texts of every input.
@@ -104,11 +108,7 @@ class Some:
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), self, other)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "context", "running", "aside", "improvable", "stuck", "key", "record"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Beams:
     """A search that is going on.
@@ -184,7 +184,7 @@ def choose(beams: Beams, logits: Array, rules: Rules, how: How) -> Beams:
     record = noted(beams.record, {"scores": scores, "logits": logits}, before)
     sums = (scores.reshape(inputs, k, -1) + beams.running.scores[..., None]).reshape(inputs, -1)
     key, picked = beams.key, sums
-    if how.samples and key is not None:  # without replacement, which the largest of perturbed logarithms are
+    if key is not None:  # without replacement, which the largest of perturbed logarithms are
         key, own = jax.random.split(key)
         picked = jax.nn.log_softmax(sums, axis=-1) + jax.random.gumbel(own, sums.shape)
     places = jax.lax.top_k(picked, how.candidates)[1]
@@ -220,7 +220,7 @@ def continued(running: Some, beam: Array, token: Array, rows: Array, tokens: Tok
 
 def put_aside(beams: Beams, found: Some, ends: Array, new: Array, rules: Rules, how: How) -> Some:
     """The best of those aside and of candidates that end now."""
-    scores = found.scores / new.astype(jnp.float32) ** rules.length_penalty
+    scores = rules.weighed(found.scores, new)
     if how.early is True:
         scores = scores + jnp.where(beams.aside.ended.all(-1, keepdims=True), NEVER, 0)
     scores = scores + jnp.where(beams.improvable, 0, NEVER) + jnp.where(ends, 0, NEVER)
@@ -229,17 +229,13 @@ def put_aside(beams: Beams, found: Some, ends: Array, new: Array, rules: Rules, 
 
 def cut_off(beams: Beams, rules: Rules, how: How) -> Some:
     """The best of those aside and of those that run, where no time is left for these to end."""
-    new = beams.tokens.new().astype(jnp.float32)
-    scores = beams.running.scores / new**rules.length_penalty
+    scores = rules.weighed(beams.running.scores, beams.tokens.new())
     return beams.aside.beside(replace(beams.running, scores=scores)).best(how.beams)
 
 
 def can_improve(running: Some, aside: Some, new: Array, rules: Rules, how: How) -> Array:
     """Bool [B, 1]: whether the best running beam may become better than one that is aside."""
-    length = new
-    if how.early == "never":  # long texts are favoured by a positive power: take the longest
-        length = jnp.where(rules.length_penalty > 0, rules.most, new)
-    best = running.scores[:, :1] / length.astype(jnp.float32) ** rules.length_penalty
+    best = rules.hoped(running.scores[:, :1], new, how)
     worst = jnp.where(aside.ended, aside.scores.min(-1, keepdims=True), NEVER)
     return (best > worst).any(-1, keepdims=True)
 
@@ -254,7 +250,6 @@ def write(task: Task, key: Array | None) -> Any:
         keeps=task.keeps,
         beams=c.num_beams,
         candidates=max(2, 1 + len(ends)) * c.num_beams,
-        samples=bool(c.do_sample),
         early=c.early_stopping,
     )
     # The reference's: a padding token 0 does not count as one.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -81,7 +80,7 @@ def constraints_of(constraints: Sequence[Any] | None, force_words_ids: Sequence[
     return found
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["node", "status", "order"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Progress:
     """How far texts are: of every constraint int32 [..., c] the node, whether it is met, and its place in the queue."""
@@ -91,9 +90,7 @@ class Progress:
     order: Array
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["tokens", "children", "roots", "depth", "heights"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Constraints:
     """The tries of all constraints.

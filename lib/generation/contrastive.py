@@ -39,7 +39,7 @@ class How(sampling.How):
     candidates: int = 1
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["rules", "alpha"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rules:
     """What is no part of the program: rules, and how much the likeness counts (`penalty_alpha`)."""
@@ -48,11 +48,7 @@ class Rules:
     alpha: Array
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "context", "states", "logits", "done", "record"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Texts:
     """Texts that are being written.

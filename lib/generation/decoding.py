@@ -11,9 +11,9 @@ B rows, L columns of the buffer, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ class Feed:
         )
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "mask", "memory"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
     """What a model knows of a text.
@@ -304,7 +304,16 @@ def cache_dtype(model: Model) -> Any:
     return max(sizes, key=lambda dtype: sizes[dtype], default=jnp.dtype(jnp.float32))
 
 
+@lru_cache(maxsize=512)
+def _abstract(make: Callable[..., Any] | None, config: Any) -> Any:
+    return None if make is None else jax.eval_shape(lambda: make(config, 1, 1, 1, jnp.float32))
+
+
 def has_cache(model: Model) -> bool:
     """Whether the model decodes step by step."""
-    make = model.family.init_cache
-    return make is not None and jax.eval_shape(lambda: make(model.config, 1, 1, 1, jnp.float32)) is not None
+    return _abstract(model.family.init_cache, model.config) is not None
+
+
+def rewinds(model: Model) -> bool:
+    """Whether it does, and its caches can be taken back."""
+    return has_cache(model) and caches.can_rewind(_abstract(model.family.init_cache, model.config))

@@ -46,11 +46,7 @@ class GroupsHow(How):
     ends: tuple[int, ...] = ()
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "context", "running", "aside", "done", "over", "record", "progress"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Groups:
     """A search that is going on.
@@ -189,7 +185,7 @@ def _processed(rules: Rules, before: Tokens, beams: Some, logs: Array, current: 
 
 def offered(held: Some, found: Some, length: Array, rules: Rules) -> Some:
     """The best of the texts that are held and of those that have `ended`, by their sums over a power of the length."""
-    scores = found.scores / length.astype(jnp.float32) ** rules.length_penalty
+    scores = rules.weighed(found.scores, length)
     # A text that nothing speaks for is still better than none.
     scores = jnp.where(found.ended, jnp.maximum(scores, jnp.finfo(jnp.float32).min), -jnp.inf)
     return held.beside(replace(found, scores=scores)).best(held.scores.shape[1])
@@ -200,9 +196,7 @@ def is_done(held: Some, best: Array, length: Array, rules: Rules, how: GroupsHow
     full = held.ended.all(-1)
     if how.early is True:
         return full
-    if how.early == "never":
-        length = jnp.where(rules.length_penalty > 0, rules.most, length)
-    return full & (held.scores.min(-1) >= best / length.astype(jnp.float32) ** rules.length_penalty)
+    return full & (held.scores.min(-1) >= rules.hoped(best, length, how))
 
 
 @partial(jax.jit, static_argnames=("how", "returns"))
@@ -274,7 +268,6 @@ def write(task: Task) -> Any:
         keeps=task.keeps,
         beams=c.num_beams,
         candidates=max(2, 1 + len(ends)) * (c.num_beams // count),
-        samples=False,
         early=c.early_stopping,
         groups=count,
         ends=ends,

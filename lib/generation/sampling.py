@@ -34,7 +34,6 @@ class How:
     Attributes:
         feed: how the model is given tokens.
         steps: most new tokens that a record has room for.
-        samples: draw tokens, instead of taking the likeliest.
         pads: rows that have ended go on with padding; where no token ends a text they go on with words.
         keeps: of "scores", "logits" and the names of `decoding.SEEN`, what is recorded.
         branches: texts for each prompt.
@@ -44,7 +43,6 @@ class How:
 
     feed: Feed
     steps: int
-    samples: bool = False
     pads: bool = True
     keeps: tuple[str, ...] = ()
     branches: int = 1
@@ -52,7 +50,7 @@ class How:
     layers: tuple[int, ...] = ()
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["process", "criteria", "pad"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rules:
     """What is done to scores, when a text ends, and what follows the end. Their strengths are no part of a program."""
@@ -62,11 +60,7 @@ class Rules:
     pad: Array
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "context", "done", "key", "record", "negative"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Texts:
     """Texts that are being written.
@@ -169,7 +163,7 @@ def choose(
     scores = rules.process(texts.tokens, scores, **({} if other is None else {"unconditional": other}))
     texts = replace(texts, record=noted(texts.record, {"scores": scores, "logits": logits}, texts.tokens))
     key = texts.key
-    if how.samples and key is not None:
+    if key is not None:
         key, own = jax.random.split(key)
         chosen = jax.random.categorical(own, scores).astype(jnp.int32)
     else:
@@ -215,7 +209,6 @@ def how_of(task: Task) -> How:
     return How(
         feed=task.feed,
         steps=task.steps if task.keeps else 0,
-        samples=bool(task.config.do_sample),
         pads=bool(task.config.eos_token_ids),
         keeps=task.keeps,
         branches=task.config.num_return_sequences,

@@ -29,7 +29,7 @@ from formax.model import Model
 ENDS = 8
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["caches", "texts"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Store:
     """What the device keeps: the caches of all texts, and `texts` int32 [B, L] themselves."""

@@ -10,6 +10,7 @@ import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
 from formax.generation.cache_kinds import as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
-from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache
+from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache, rewinds
 from formax.generation.dola import layers_of
 from formax.generation.state import Rule
 from formax.layers.attention import cache as caches
@@ -190,11 +191,13 @@ def task_of(
     config = _with_lengths(model, config, said, length, vectors)
 
     cached = config.use_cache is not False and has_cache(model)
+    if cached:
+        model.check_unstacked()
     if cache is not None and not cached:
         raise ValueError("a cache is given, but use_cache=False")
     asked = {name for name in OUTPUT_FLAGS if config.return_dict_in_generate and getattr(config, name) is True}
     seen = tuple(name for name in ("output_attentions", "output_hidden_states") if name in asked)
-    rewinds = cached and caches.can_rewind(jax.eval_shape(lambda: model.init_cache(1, 1, 1)))
+    back = cached and rewinds(model)
     if mode in (GenerationMode.CONTRASTIVE, GenerationMode.DOLA):
         seen = tuple(dict.fromkeys((*seen, "output_hidden_states")))
     layers: tuple[int, ...] = ()
@@ -206,14 +209,14 @@ def task_of(
         depth, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
         layers = layers_of(config.dola_layers or (), depth, tied)
     mask = None if mask is None or mask.all() else mask
-    if cached and not rewinds and cache is None and mask is None and "attention_mask" in model.input_names:
+    if cached and not back and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
     feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode, cache))
     if seq2seq:
         first = _to_encode(model, config, first, main, fill=not seen)
     encoder_length = _encoder_length(model, first, seq2seq)
-    prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, vectors, rewinds)
+    prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, vectors, back)
     keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked)
     keeps += tuple(name for name, switch in SEEN.items() if switch in asked)
     encoder_ids = np.asarray(own[main]) if seq2seq and main == "input_ids" else ids
@@ -247,7 +250,7 @@ def task_of(
         pad=pad,
         keeps=keeps,
         layers=layers,
-        rewinds=rewinds,
+        rewinds=back,
     )
 
 
@@ -270,8 +273,7 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
     feed = dataclasses.replace(
         Feed.of(task.model, padded=mask is not None, cached=task.feed.cached), kind=task.feed.kind
     )
-    rewinds = feed.cached and caches.can_rewind(jax.eval_shape(lambda: task.model.init_cache(1, 1, 1)))
-    prompt, feed, count = _prompt(task.model, feed, ids, mask, {}, None, 0, False, rewinds)
+    prompt, feed, count = _prompt(task.model, feed, ids, mask, {}, None, 0, False, task.rewinds)
     return prompt, (feed, count + task.steps, count)
 
 
@@ -368,7 +370,12 @@ def _encoder_length(model: Model, first: Mapping[str, Any], seq2seq: bool) -> in
     encoder = model.as_method("encode")
     own = {name: x for name, x in first.items() if name in encoder.input_names}
     arrays, static = encoder.sort_inputs(own)
-    return int(jax.eval_shape(lambda model, x: model(**x, **static), encoder, arrays).last_hidden_state.shape[1])
+    return int(_encoded.eval_shape(encoder, arrays, tuple(static.items())).last_hidden_state.shape[1])
+
+
+@partial(jax.jit, static_argnums=2)  # for its shapes, which are found once
+def _encoded(encoder: Model, arrays: dict[str, Any], static: tuple[tuple[str, Any], ...]) -> Any:
+    return encoder(**arrays, **dict(static))
 
 
 def _prompt(
@@ -380,7 +387,7 @@ def _prompt(
     cache: Any,
     encoder_length: int,
     vectors: bool,
-    rewinds: bool,
+    back: bool,
 ) -> tuple[Prompt, Feed, int]:
     """The prompt, filled up to a size that is compiled for; the feed, and how many columns are read."""
     rows, length = ids.shape
@@ -401,10 +408,10 @@ def _prompt(
     count = length - start if not feed.cached else bucket(length - start)
     if limit is not None:
         count = min(count, limit - start)
-    if feed.cached and not rewinds and (cache is not None or feed.mask is None):
+    if feed.cached and not back and (cache is not None or feed.mask is None):
         count = length - start  # nothing hides what is read beyond the prompt, nor undoes it
     more = start + count - length
-    before, after = (0, more) if rewinds or not feed.cached else (more, 0)
+    before, after = (0, more) if back or not feed.cached else (more, 0)
     by_token = {
         name: x for name, x in arrays.items() if name not in feed.of_memory and np.shape(x)[:2] == (rows, length)
     }
