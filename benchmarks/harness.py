@@ -501,7 +501,7 @@ def report(lab: Lab, sections: Mapping[str, Section]) -> str:
         *(f"- {name}: {value}" for name, value in machine().items()),
         *(f"- {line}" for line in versions),
         *(f"- not available: {name}: {reason}" for name, reason in lab.unavailable.items()),
-        f"- model: BERT, size {lab.size}, float32; {lab.rounds} rounds; all spreads are minimum / median / maximum",
+        f"- size {lab.size}, float32; {lab.rounds} rounds; all spreads are minimum / median / maximum",
         f"- {lab.watch.says()}",
     ]
     return "\n\n".join(["\n".join(lines), *(section.markdown() for section in sections.values())]) + "\n"

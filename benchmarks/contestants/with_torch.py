@@ -94,7 +94,9 @@ def generate(options: Options) -> Task:
         with torch.inference_mode():
             return model.generate(ids, attention_mask=torch.ones_like(ids), **options["settings"])
 
-    return Task(run, [float(token) for token in run().reshape(-1)])
+    # A guess that was right may take it past the number of tokens that was asked for.
+    asked = ids.shape[1] + options["settings"]["max_new_tokens"]
+    return Task(run, [float(token) for token in run()[:, :asked].reshape(-1)])
 
 
 @cache
