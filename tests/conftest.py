@@ -1,15 +1,38 @@
 """Settings that hold for the whole suite: eight CPU devices, no network, repeatable property tests in CI.
 
-What XLA compiles is kept in `.cache/jax`: compiling is most of the suite's time, and a second run does without it.
+Compiling is most of the suite's time. So it is done the quick way, a quarter of the work of what users get, and what is
+compiled is kept in `.cache/jax` for the next run. `FORMAX_TEST_COMPILER=full` compiles as for users.
 """
 
+import mmap
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
-# These are read when jax starts, so they are set before any test module imports it.
+# Read when jax starts, so all of this is set before any test module imports it. {flag of XLA: value}
+FLAGS = {"xla_force_host_platform_device_count": "8"}
+QUICK = {
+    "xla_backend_optimization_level": "0",  # LLVM makes nothing fast
+    "xla_cpu_use_fusion_emitters": "false",  # loops are emitted as LLVM's, not by way of MLIR
+    "xla_cpu_parallel_codegen_split_count": "1",  # a program is not cut up for several threads to compile
+}
+
+
+def known_flags(flags: dict[str, str]) -> dict[str, str]:
+    """Those that this jaxlib has: at one that it does not know, it ends the process."""
+    found = find_spec("jaxlib")
+    library = Path(*(found.submodule_search_locations or [])) / "libjax_common.so" if found else Path()
+    if not library.is_file():
+        return {}
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        return {flag: value for flag, value in flags.items() if held.find(flag.encode()) >= 0}
+
+
+if os.environ.get("FORMAX_TEST_COMPILER") != "full":
+    FLAGS |= known_flags(QUICK)
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in given)])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
