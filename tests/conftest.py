@@ -4,12 +4,14 @@ Compiling is most of the suite's time. So it is done the quick way, a quarter of
 compiled is kept in `.cache/jax` for the next run. `FORMAX_TEST_COMPILER=full` compiles as for users.
 """
 
+# ruff: noqa: E402 (what jax reads when it starts is set before it is imported)
+
 import mmap
 import os
 from importlib.util import find_spec
 from pathlib import Path
 
-# Read when jax starts, so all of this is set before any test module imports it. {flag of XLA: value}
+# {flag of XLA: value}
 FLAGS = {"xla_force_host_platform_device_count": "8"}
 QUICK = {
     "xla_backend_optimization_level": "0",  # LLVM makes nothing fast
@@ -31,7 +33,8 @@ def known_flags(flags: dict[str, str]) -> dict[str, str]:
 if os.environ.get("FORMAX_TEST_COMPILER") != "full":
     FLAGS |= known_flags(QUICK)
 given = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([given, *(f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in given)])
+added = [f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *added])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".cache" / "jax"))
