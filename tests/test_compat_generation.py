@@ -298,10 +298,28 @@ def test_parameters_of_a_call(opened: Opener) -> None:
     assert not np.array_equal(model.generate(**given, params=doubled).sequences, expected.sequences)
     with pytest.raises(ValueError, match="holds no parameters"):
         other.generate(**given)
-    with pytest.raises(TypeError, match=r"FlaxGPT2LMHeadModel\.generate compiles itself: call it outside of jax\.jit"):
-        jax.jit(lambda ids: model.generate(ids).sequences)(given["input_ids"])
-    with pytest.raises(TypeError, match="call it outside"):
-        jax.jit(lambda params: model.generate(**given, params=params).sequences)(model.params)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"do_sample": True}], ids=["beams", "sample"])
+def test_a_step_of_generating_under_jit_and_pmap(opened: Opener, name: str, settings: dict[str, Any]) -> None:
+    """As in run_summarization_flax: parameters and batches are arguments, texts come out at their full length."""
+    model, batch = opened("flax", name), inputs_of(name, "padded")
+
+    def generate_step(params: Any, batch: Any, key: Any) -> Any:
+        model.params = params
+        ids = batch["input_ids"]
+        return model.generate(ids, attention_mask=batch["attention_mask"], prng_key=key, **given).sequences
+
+    given = {"max_length": batch["input_ids"].shape[1] + 7, **settings}
+    params, key = model.params, jax.random.PRNGKey(5)
+    expected = generate_step(params, batch, key)
+    np.testing.assert_array_equal(jax.jit(generate_step)(params, batch, key), expected)
+    model.params = params
+    twice = jax.tree.map(lambda x: np.stack([x, x]), (params, batch, key))
+    found = jax.pmap(generate_step, "batch", devices=jax.devices()[:2])(*twice)
+    np.testing.assert_array_equal(found, [expected, expected])
+    model.params = params
 
 
 def test_processors_of_a_call(opened: Opener) -> None:

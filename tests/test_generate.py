@@ -401,6 +401,54 @@ def test_a_model_on_a_mesh_writes_the_same(llama: Any) -> None:
         np.testing.assert_array_equal(split.generate(IDS, **PLAIN, **way), llama.generate(IDS, **PLAIN, **way))
 
 
+WHOLE: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "t5"])
+@pytest.mark.parametrize("way", WHOLE, ids=["greedy", "beams", "sample"])
+def test_in_a_program_of_ones_own(name: str, way: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """The same texts, each as long as it may become, also of padded rows and for other values of the inputs."""
+    model = request.getfixturevalue(name)
+    key = KEY if "do_sample" in way else None
+    settings = {"max_new_tokens": 10, "eos_token_id": 7, "repetition_penalty": 3.0, **way}
+    generate = jax.jit(lambda model, ids, mask, key: model.generate(ids, attention_mask=mask, key=key, **settings))
+    texts = set()
+    for ids, mask in (
+        (IDS, np.array([[0, 0, 1, 1, 1, 1], [1] * 6])),
+        (IDS + 3, np.array([[1] * 6, [1, 1, 1, 1, 1, 0]])),
+    ):
+        expected = np.asarray(model.generate(ids, attention_mask=mask, key=key, **settings))
+        found = np.asarray(generate(model, ids, mask, key))
+        start = 1 if name == "t5" else ids.shape[1]
+        assert found.shape == (len(expected), start + 10)
+        np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+        assert (found[:, expected.shape[1] :] == 0).all()
+        texts.add(found[:, start:].tobytes())
+    assert len(texts) == 2
+    assert programs(generate) == 1
+
+
+def test_what_a_program_of_ones_own_cannot_do_is_refused(gpt2: Any) -> None:
+    def call(**given: Any) -> Any:
+        return jax.jit(lambda ids: gpt2.generate(ids, max_new_tokens=5, **given))(IDS)
+
+    for given, why in (
+        ({"penalty_alpha": 0.6, "top_k": 3}, "looks at its tokens on the way"),
+        ({"max_time": 1.0}, "looks at the clock"),
+        ({"return_dict_in_generate": True, "output_logits": True}, "output_logits is about is known at the end"),
+        ({"do_sample": True}, "a key is needed"),
+        ({"streamer": object()}, "nothing to show in a trace"),
+    ):
+        with pytest.raises(TypeError, match=why):
+            call(**given)
+    with pytest.raises(TypeError, match="a trace"):
+        jax.jit(lambda ids: list(gpt2.stream(ids, max_new_tokens=5)))(IDS)
+
+
 def test_a_changed_model_writes_what_it_would_have_said(llama: Any) -> None:
     deaf = formax.intervene(llama, {"layers.1.mlp.out": lambda x: 0 * x})
     out = deaf.generate(IDS, **PLAIN)

@@ -126,16 +126,7 @@ class GenerationMixin:
         assistant_model: Any = None,
         **options: Any,
     ) -> tuple[Task, Any, bool]:
-        """What is generated, what is known of it (of `formax.generation.outputs`), and whether it was asked for.
-
-        Raises:
-            TypeError: it is called in a trace.
-        """
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((inputs, given, model.params))):
-            raise TypeError(
-                f"{type(self).__name__}.generate compiles itself: call it outside of jax.jit and jax.pmap; parameters "
-                "and inputs that lie on several devices stay there"
-            )
+        """What is generated, what is known of it (of `formax.generation.outputs`), and whether it was asked for."""
         overrides, _ = split_arguments(model, given)
         asked, _ = settings_of(model, config, overrides, options.get("use_model_defaults"))
         # Both frameworks count the prompt where nobody says how long a text may be.
@@ -197,7 +188,7 @@ class FlaxGenerationMixin(GenerationMixin):
             [B * num_return_sequences, max_length], filled up with the padding token; of beams `scores`, too.
 
         Raises:
-            TypeError: a model that does not write, an argument that nobody knows, a call in a trace.
+            TypeError: a model that does not write, an argument that nobody knows.
             ValueError: inputs that do not fit the model or the settings.
         """
         model = self._writer(params)

@@ -22,8 +22,8 @@ S = TypeVar("S")
 BETWEEN = 8
 
 
-def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], search: S) -> tuple[S, bool]:
-    """A search that has begun, at its end or when the time is over; and whether it has ended.
+def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], search: S) -> tuple[S, Any]:
+    """A search that has begun, at its end or when the time is over; and whether it has ended, an array in a trace.
 
     Args:
         task: what is generated.
@@ -32,6 +32,8 @@ def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], se
     """
     start = int(task.prompt.length)
     end = start + task.most
+    if task.traced:
+        return go(search, jnp.int32(end))
     columns = [end] if task.clock is None else [*range(min(start + BETWEEN, end), end, BETWEEN), end]
     for until in columns:
         search, over = go(search, jnp.int32(until))
@@ -55,8 +57,11 @@ def answer(task: Task, texts: Any, seen: dict[str, Any], branches: int = 1) -> A
         seen: what was seen of the prompt.
         branches: texts for each prompt.
     """
-    start, length = int(task.prompt.length), int(texts.tokens.length)
+    start = int(task.prompt.length)
+    length = start + task.most if task.traced else int(texts.tokens.length)
     new = texts.tokens.ids[:, start:length]
+    if task.traced:  # as long as the text may be, for how long it is shows only when the program runs
+        new = jnp.where(jnp.arange(start, length) < texts.tokens.length, new, task.pad)
     shown = jnp.repeat(jnp.asarray(task.shown), branches, axis=0)
     sequences = jnp.concatenate([shown, new], axis=1)
     if not task.config.return_dict_in_generate:
@@ -89,10 +94,15 @@ def beam_answer(
     return kind(
         sequences=sequences,
         sequences_scores=scores if c.output_scores else None,
-        beam_indices=parents[:, : int((parents >= 0).sum(-1).max())],
+        beam_indices=parents[:, : longest(task, parents)],
         cache=search.context.cache,
-        **steps_of(task, search.record, seen, int(search.tokens.new()), c.num_beams),
+        **steps_of(task, search.record, seen, 0 if task.traced else int(search.tokens.new()), c.num_beams),
     )
+
+
+def longest(task: Task, parents: jax.Array) -> int:
+    """New tokens of the longest of these texts; in a trace, as many as there may be."""
+    return task.most if task.traced else int((parents >= 0).sum(-1).max())
 
 
 def steps_of(task: Task, record: dict[str, Any], seen: dict[str, Any], steps: int, times: int) -> dict[str, Any]:

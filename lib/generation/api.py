@@ -40,6 +40,9 @@ def generate(
 ) -> Any:
     """Writes a text for every row of the inputs.
 
+    In a function under `jax.jit`, `jax.pmap` and the like, greedy search, sampling and beams are part of its program.
+    Texts are then as long as they may become, filled up with the padding token, and values of inputs are not checked.
+
     Args:
         model: a model with a head for the next token.
         inputs: its first input: `input_ids` [B, T] of a text model, `input_features` of one that hears.
@@ -68,6 +71,7 @@ def generate(
         TypeError: a model that does not write, an argument that nobody knows.
         ValueError: inputs that do not fit the model or the settings.
         ConfigError: a setting that is impossible, alone or beside the others.
+        TypeError: in a trace, a way of generating that looks at its tokens on the way.
     """
     task = task_of(
         model,
@@ -140,6 +144,10 @@ def stream(
     key, negative = arguments.pop("key", None), arguments.pop("negative_prompt_ids", None)
     negative_mask = arguments.pop("negative_prompt_attention_mask", None)
     task = task_of(model, inputs, generation_config, **own, given=arguments)
+    if task.traced:
+        raise TypeError(
+            "stream() hands out tokens, which a trace (jax.jit, jax.pmap, ...) does not have: call generate()"
+        )
     if task.mode not in (GenerationMode.GREEDY, GenerationMode.SAMPLE, GenerationMode.DOLA):
         raise ValueError(
             f"{task.mode.value} knows its text only at the end: stream() is for greedy search and sampling"
@@ -185,4 +193,8 @@ def _key(task: Task, key: Any) -> jax.Array | None:
             raise TypeError(f"key must be a jax.random.key, got {type(key).__name__}; write key=jax.random.key(0)")
     if not task.config.do_sample:
         return None
+    if key is None and task.traced:
+        raise TypeError(
+            "in a trace (jax.jit, jax.pmap, ...) a key is needed: one drawn here would be the same at each call"
+        )
     return jax.random.key(secrets.randbits(63)) if key is None else key

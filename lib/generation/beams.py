@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from formax.generation import state
-from formax.generation.answer import beam_answer, to_the_end, without_guidance
+from formax.generation.answer import beam_answer, longest, to_the_end, without_guidance
 from formax.generation.decoding import Context, Feed, Known, prefill
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Rule, Tokens
@@ -257,9 +257,12 @@ def write(task: Task, key: Array | None) -> Any:
     known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
     beams = begin(task.model, known.forgotten(), rules, key, how=how)
     beams, over = to_the_end(task, lambda beams, until: go(task.model, beams, rules, until, how=how), beams)
-    aside = beams.aside if over else cut_off(beams, rules, how)
+    if task.traced:
+        aside = jax.tree.map(partial(jnp.where, over), beams.aside, cut_off(beams, rules, how))
+    else:
+        aside = beams.aside if over else cut_off(beams, rules, how)
     best = jax.tree.map(lambda x: x[:, : c.num_return_sequences].reshape(-1, *x.shape[2:]), aside)
-    start, steps = int(task.prompt.length), int((best.parents >= 0).sum(-1).max())
+    start, steps = int(task.prompt.length), longest(task, best.parents)
     shown = jnp.repeat(jnp.asarray(task.shown), c.num_return_sequences, axis=0)
     sequences = jnp.concatenate([shown, best.ids[:, start : start + steps]], axis=1)
     return beam_answer(task, beams, known.seen, sequences, best.scores, best.parents)

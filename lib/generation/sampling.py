@@ -244,6 +244,8 @@ def write(task: Task, key: Array | None, streamer: Any, negative: Any = None, ne
     if streamer is None:
         texts, _ = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
         return answer(task, texts, seen, how.branches)
+    if task.traced:
+        raise TypeError("a streamer has nothing to show in a trace (jax.jit, jax.pmap, ...): leave it out")
     streamer.put(task.shown)
     until, over = int(task.prompt.length), False
     while not over:

@@ -1,6 +1,7 @@
 """What is to be generated: from the arguments of `generate` to settings, a prompt and rules that fit each other.
 
-Everything that can be wrong is found here, on the host, before anything is compiled.
+Everything that can be wrong is found here, on the host, before anything is compiled. Of inputs that are traced (in a
+function under `jax.jit`) the shapes are known; their values are taken as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from formax.generation.cache_kinds import as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache, rewinds
 from formax.generation.dola import layers_of
-from formax.generation.state import Rule
+from formax.generation.state import Rule, known
 from formax.layers.attention import cache as caches
 from formax.layers.seq2seq import states_of
 from formax.model import HEAD_MASKS, Model
@@ -56,6 +57,7 @@ class Task:
         keeps: what is recorded.
         layers: of DoLa, the candidates that the last layer is contrasted with.
         rewinds: whether tokens that were read can be taken back.
+        traced: whether it is part of another program, in which nothing can be looked at on the way.
     """
 
     model: Model
@@ -74,11 +76,12 @@ class Task:
     keeps: tuple[str, ...]
     layers: tuple[int, ...] = ()
     rewinds: bool = False
+    traced: bool = False
 
     @property
     def most(self) -> int:
         """How many tokens can be new."""
-        return _known(self.config.max_new_tokens)
+        return _decided(self.config.max_new_tokens)
 
     def late(self) -> bool:
         """Whether the time is over."""
@@ -171,6 +174,9 @@ def task_of(
     if config.token_healing:
         raise ConfigError("token_healing=True is not done here: cut the last token of the prompt off yourself")
     mode = config.mode(assistant=assisted)
+    traced = not all(map(known, jax.tree.leaves((model.params, inputs, cache, dict(given)))))
+    if traced:
+        _check_traced(config, mode, cache)
     vocabulary = _vocabulary(model, config, said)
     seq2seq = "decoder_input_ids" in model.input_names
     main = model.input_names[0]
@@ -182,8 +188,7 @@ def task_of(
         ids, mask, first = _decoder_prompt(model, config, own, main)
     else:
         ids, mask, first = _text_prompt(config, own)
-    if vocabulary is not None and ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
-        raise ValueError(f"the prompt holds tokens {ids.min()} to {ids.max()}, the vocabulary has {vocabulary}")
+    _check_range("the prompt", ids, vocabulary)
     vectors = not seq2seq and "inputs_embeds" in first
     shown, length = ids[:, :0] if vectors else ids, ids.shape[1]
     if mask is not None and not seq2seq and not vectors:
@@ -208,7 +213,7 @@ def task_of(
             )
         depth, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
         layers = layers_of(config.dola_layers or (), depth, tied)
-    mask = None if mask is None or mask.all() else mask
+    mask = None if mask is None or (known(mask) and mask.all()) else mask
     if cached and not back and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
@@ -217,9 +222,9 @@ def task_of(
         first = _to_encode(model, config, first, main, fill=not seen)
     encoder_length = _encoder_length(model, first, seq2seq)
     prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, vectors, back)
-    keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked)
+    keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked and not traced)
     keeps += tuple(name for name, switch in SEEN.items() if switch in asked)
-    encoder_ids = np.asarray(own[main]) if seq2seq and main == "input_ids" else ids
+    encoder_ids = _on(own[main]).asarray(own[main]) if seq2seq and main == "input_ids" else ids
     rules = processors.processors_of(
         config,
         encoder_ids=encoder_ids,
@@ -242,8 +247,8 @@ def task_of(
         prompt=prompt,
         shown=shown,
         count=count,
-        room=int(prompt.start) + count + bucket(_known(config.max_length) - length),
-        steps=bucket(_known(config.max_length) - length),
+        room=int(prompt.start) + count + bucket(_decided(config.max_length) - length),
+        steps=bucket(_decided(config.max_length) - length),
         process=processors.then(*rules),
         criteria=stopping.any_of(*ends),
         clock=clock,
@@ -251,7 +256,29 @@ def task_of(
         keeps=keeps,
         layers=layers,
         rewinds=back,
+        traced=traced,
     )
+
+
+# Ways whose whole course is one program.
+IN_A_TRACE = (GenerationMode.GREEDY, GenerationMode.SAMPLE, GenerationMode.BEAM, GenerationMode.BEAM_SAMPLE)
+
+
+def _check_traced(config: GenerationConfig, mode: GenerationMode, cache: Any) -> None:
+    """Raises TypeError for what cannot be done while a function is traced."""
+    # Scores are those of beams, which are of one size.
+    kept = [name for name in OUTPUT_FLAGS if name != "output_scores" and getattr(config, name) is True]
+    why = None
+    if mode not in IN_A_TRACE:
+        why = f"{mode.value} looks at its tokens on the way; greedy search, sampling and beams can be traced"
+    elif cache is not None:
+        why = "a cache tells by its values how much it holds"
+    elif config.max_time is not None:
+        why = "max_time looks at the clock on the way"
+    elif kept:
+        why = f"how many steps {kept[0]} is about is known at the end; leave it out"
+    if why is not None:
+        raise TypeError(f"generate() is called in a trace (jax.jit, jax.pmap, ...), where this cannot be: {why}")
 
 
 def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, int, int]]:
@@ -280,10 +307,20 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
 # ----------------------------------------------------------------------------------------------------------- the prompt
 
 
-def _aligned(ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _aligned(ids: Any, mask: Any) -> tuple[Any, Any]:
     """Tokens and what is no padding among them, with all padding on the left."""
-    order = np.argsort(mask, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(mask, order, axis=1)
+    order = _on(mask).argsort(mask, axis=1, stable=True)
+    return tuple(_on(x, mask).take_along_axis(x, order, axis=1) for x in (ids, mask))  # type: ignore[return-value]
+
+
+def _on(*arrays: Any) -> Any:
+    """NumPy; JAX's where an array is traced."""
+    return np if all(map(known, arrays)) else jnp
+
+
+def _check_range(name: str, ids: Any, vocabulary: int | None) -> None:
+    if vocabulary is not None and known(ids) and ids.size and (ids.min() < 0 or ids.max() >= vocabulary):
+        raise ValueError(f"{name} holds tokens {ids.min()} to {ids.max()}, the vocabulary has {vocabulary}")
 
 
 def _text_prompt(config: GenerationConfig, own: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
@@ -313,7 +350,7 @@ def _decoder_prompt(
     read = next((name for name in (main, "inputs_embeds", "encoder_outputs") if first.get(name) is not None), None)
     if read is None:
         raise ValueError(f"{model.architecture.name} writes about what it reads: give {main}")
-    rows = len(states_of(first[read]) if read == "encoder_outputs" else np.asarray(first[read]))
+    rows = np.shape(states_of(first[read]) if read == "encoder_outputs" else first[read])[0]
     start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
     if start is None:
         raise ValueError("the decoder begins with a token: decoder_start_token_id or bos_token_id must be set")
@@ -328,8 +365,8 @@ def _decoder_prompt(
     ids = _ids("decoder_input_ids", ids)
     if len(ids) != rows:
         raise ValueError(f"decoder_input_ids has {len(ids)} rows, {read} has {rows}")
-    # Whisper's prompts begin with other tokens than its start.
-    if model.family.model_type != "whisper" and (ids[:, 0] != starts[:, 0]).all():
+    # Whisper's prompts begin with other tokens than its start. Of traced ones nobody knows: they are whole.
+    if model.family.model_type != "whisper" and known(ids) and (ids[:, 0] != starts[:, 0]).all():
         ids = np.concatenate([starts, ids], axis=1)
         if mask is not None:
             mask = np.concatenate([np.ones((rows, 1), bool), np.asarray(mask, bool)], axis=1)
@@ -343,9 +380,7 @@ def _to_encode(
     if main != "input_ids" or "encoder_outputs" in first or first.get("input_ids") is None:
         return first
     ids = _ids("input_ids", first["input_ids"])
-    limit = getattr(model.config, "vocab_size", None)
-    if limit is not None and (ids.min() < 0 or ids.max() >= limit):
-        raise ValueError(f"input_ids holds {ids.min()} to {ids.max()}, outside the vocabulary of {limit}")
+    _check_range("input_ids", ids, getattr(model.config, "vocab_size", None))
     mask = _mask("attention_mask", ids, first.get("attention_mask"), config)
     most = positions_of(model)
     if most is not None and ids.shape[1] > most:
@@ -354,9 +389,9 @@ def _to_encode(
     more = size - ids.shape[1] if fill else 0
     if more and mask is None:
         mask = np.ones(ids.shape, bool)
-    made = {**first, "input_ids": np.pad(ids, ((0, 0), (0, more)))}
+    made = {**first, "input_ids": _on(ids).pad(ids, ((0, 0), (0, more)))}
     if mask is not None:
-        made["attention_mask"] = np.pad(mask, ((0, 0), (0, more))).astype(np.int32)
+        made["attention_mask"] = _on(mask).pad(mask, ((0, 0), (0, more))).astype(np.int32)
     return made
 
 
@@ -420,13 +455,15 @@ def _prompt(
     memory = {name: arrays.pop(name) for name in feed.of_memory if name in arrays}
     memory |= {name: x[:, -1:] for name, x in by_token.items() if x.ndim == 2}
     if mask is not None:
-        mask = np.pad(np.pad(mask, ((0, 0), (before, 0))), ((0, 0), (0, after)), constant_values=True)
+        pad = _on(mask).pad
+        mask = pad(pad(mask, ((0, 0), (before, 0))), ((0, 0), (0, after)), constant_values=True)
     return (
         Prompt(
-            ids=jnp.asarray(np.pad(ids, ((0, 0), (before, after))), jnp.int32),
-            length=jnp.int32(length + before),
-            begins=jnp.int32(length if vectors else before),
-            start=jnp.int32(start),
+            ids=jnp.asarray(_on(ids).pad(ids, ((0, 0), (before, after))), jnp.int32),
+            # Numbers of the host, for they are known in a trace as well.
+            length=np.int32(length + before),
+            begins=np.int32(length if vectors else before),
+            start=np.int32(start),
             mask=None if mask is None else jnp.asarray(mask),
             memory=memory,
             first=arrays,
@@ -470,9 +507,9 @@ def _fitting(model: Model, cache: Any, rows: int, encoder_length: int) -> Any:
     return cache
 
 
-def _ids(name: str, given: Any) -> np.ndarray:
+def _ids(name: str, given: Any) -> Any:
     try:
-        ids = np.asarray(given)
+        ids = np.asarray(given) if known(given) else given
     except ValueError:
         raise ValueError(
             f"{name} has rows of different lengths; pad them to one (tokenizer(..., padding=True))"
@@ -494,13 +531,13 @@ def _mask(name: str, ids: np.ndarray, given: Any, config: GenerationConfig | Non
         if config is None or config.pad_token_id is None or config.pad_token_id in config.eos_token_ids:
             return None
         mask = ids != config.pad_token_id
-        if mask.all():
+        if known(mask) and mask.all():
             return None
     else:
-        mask = np.asarray(given).astype(bool)
+        mask = (np.asarray(given) if known(given) else given).astype(bool)
         if mask.shape != ids.shape:
             raise ValueError(f"{name} must be [batch, length] as the tokens {ids.shape}, got {mask.shape}")
-    empty = np.flatnonzero(~mask.any(axis=1))
+    empty = np.flatnonzero(~mask.any(axis=1)) if known(mask) else ()
     if len(empty):
         raise ValueError(f"row {empty[0]} of the prompt is padding throughout: give at least one token a row")
     return mask
@@ -552,7 +589,7 @@ def _with_lengths(
     return config.replace(max_length=most, max_new_tokens=most - length)
 
 
-def _known(value: int | None) -> int:
+def _decided(value: int | None) -> int:
     assert value is not None
     return value
 
