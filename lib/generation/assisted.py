@@ -23,7 +23,7 @@ from jax import Array
 from formax.generation import sampling, state
 from formax.generation.answer import answer, to_the_end, without_guidance
 from formax.generation.config import GenerationConfig
-from formax.generation.decoding import Context, Feed, prefill, read
+from formax.generation.decoding import Context, Feed, read
 from formax.generation.sampling import Rules, noted, read_last, written
 from formax.generation.state import Tokens
 from formax.generation.task import Task, task_of
@@ -269,10 +269,10 @@ def write(task: Task, key: Array | None, assistant: Model | None, given: dict[st
     )
     rules, sure = sampling.rules_of(task), jnp.float32(its.assistant_confidence_threshold or 0.0)
     room = task.room + most + 1  # guesses are read beyond the end
-    known = prefill(task.model, task.feed, task.prompt, room, task.count)
+    known = task.known(room)
     first = sampling.begin(task.model, known, rules, key, how=sampling.how_of(task))
     draft = None if other is None else other.model
-    context = None if other is None else prefill(other.model, other.feed, other.prompt, room, other.count).context
+    context = None if other is None else other.known(room).context
     number = jnp.int32(min(guesses, most))
     texts = Texts(first.tokens, first.context, context, first.done, first.key, first.record, number)
 

@@ -19,7 +19,7 @@ from jax import Array
 
 from formax.generation import state
 from formax.generation.answer import beam_answer, longest, to_the_end, without_guidance
-from formax.generation.decoding import Context, Feed, Known, prefill
+from formax.generation.decoding import Context, Feed, Known
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Rule, Tokens
 from formax.generation.task import Task
@@ -254,7 +254,7 @@ def write(task: Task, key: Array | None) -> Any:
     )
     # The reference's: a padding token 0 does not count as one.
     rules = rules_of(task, (c.pad_token_id or ends[0]) if ends else -1)
-    known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
+    known = task.known()
     beams = begin(task.model, known.forgotten(), rules, key, how=how)
     beams, over = to_the_end(task, lambda beams, until: go(task.model, beams, rules, until, how=how), beams)
     if task.traced:

@@ -18,7 +18,7 @@ from jax import Array
 
 from formax.generation import sampling
 from formax.generation.answer import answer, to_the_end, without_guidance
-from formax.generation.decoding import Context, Known, prefill
+from formax.generation.decoding import Context, Known
 from formax.generation.sampling import empty_record, noted, read_last, written
 from formax.generation.state import Tokens
 from formax.generation.task import Task
@@ -150,7 +150,7 @@ def write(task: Task) -> Any:
     own = {**vars(sampling.how_of(task)), "branches": 1}
     how = How(**own, candidates=int(task.config.top_k or 0))
     rules = Rules(sampling.rules_of(task), jnp.float32(task.config.penalty_alpha))
-    known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
+    known = task.known()
     texts = begin(task.model, known, how=how)
     texts, _ = to_the_end(task, lambda texts, until: go(task.model, texts, rules, until, how=how)[:2], texts)
     rows = jnp.arange(len(texts.done)) * how.candidates

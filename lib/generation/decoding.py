@@ -215,9 +215,9 @@ class Prompt:
     """
 
     ids: Array
-    length: Array
-    begins: Array
-    start: Array
+    length: Any
+    begins: Any
+    start: Any
     mask: Array | None
     memory: dict[str, Array]
     first: dict[str, Any]

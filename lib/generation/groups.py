@@ -23,7 +23,7 @@ from formax.generation.answer import beam_answer, to_the_end, without_guidance
 from formax.generation.beams import NEVER, How, Rules, Some, continued, rules_of
 from formax.generation.config import GenerationMode
 from formax.generation.constraints import Constraints, Progress, constraints_of
-from formax.generation.decoding import Context, Known, prefill
+from formax.generation.decoding import Context, Known
 from formax.generation.sampling import empty_record, noted, read_last
 from formax.generation.state import Tokens
 from formax.generation.task import Task
@@ -273,7 +273,7 @@ def write(task: Task) -> Any:
         ends=ends,
     )
     rules = rules_of(task, task.pad)
-    known = prefill(task.model, task.feed, task.prompt, task.room, task.count)
+    known = task.known()
     search = begin(task.model, known.forgotten(), rules, constraints, how=how)
     search, _ = to_the_end(task, lambda one, until: go(task.model, one, rules, constraints, until, how=how), search)
     best = finish(search, rules, constraints, how=how, returns=c.num_return_sequences)

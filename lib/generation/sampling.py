@@ -234,7 +234,7 @@ def first_of(task: Task, negative: Any, negative_mask: Any) -> tuple[Known, Know
         other = prefill(task.model, given[0], prompt, *given[1:])
     elif negative is not None:
         raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
-    return prefill(task.model, task.feed, task.prompt, task.room, task.count), other, how
+    return task.known(), other, how
 
 
 def write(task: Task, key: Array | None, streamer: Any, negative: Any = None, negative_mask: Any = None) -> Any:

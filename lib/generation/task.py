@@ -23,7 +23,7 @@ from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
 from formax.generation.cache_kinds import as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
-from formax.generation.decoding import SEEN, Feed, Prompt, bucket, has_cache, rewinds
+from formax.generation.decoding import SEEN, Feed, Known, Prompt, bucket, has_cache, prefill, rewinds
 from formax.generation.dola import layers_of
 from formax.generation.state import Rule, known
 from formax.layers.attention import cache as caches
@@ -82,6 +82,10 @@ class Task:
     def most(self) -> int:
         """How many tokens can be new."""
         return _decided(self.config.max_new_tokens)
+
+    def known(self, room: int | None = None) -> Known:
+        """What the model makes of the prompt, with its own or another room for the text."""
+        return prefill(self.model, self.feed, self.prompt, self.room if room is None else room, self.count)
 
     def late(self) -> bool:
         """Whether the time is over."""
@@ -310,7 +314,7 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
 def _aligned(ids: Any, mask: Any) -> tuple[Any, Any]:
     """Tokens and what is no padding among them, with all padding on the left."""
     order = _on(mask).argsort(mask, axis=1, stable=True)
-    return tuple(_on(x, mask).take_along_axis(x, order, axis=1) for x in (ids, mask))  # type: ignore[return-value]
+    return tuple(_on(x, mask).take_along_axis(x, order, axis=1) for x in (ids, mask))
 
 
 def _on(*arrays: Any) -> Any:
@@ -537,8 +541,8 @@ def _mask(name: str, ids: np.ndarray, given: Any, config: GenerationConfig | Non
         mask = (np.asarray(given) if known(given) else given).astype(bool)
         if mask.shape != ids.shape:
             raise ValueError(f"{name} must be [batch, length] as the tokens {ids.shape}, got {mask.shape}")
-    empty = np.flatnonzero(~mask.any(axis=1)) if known(mask) else ()
-    if len(empty):
+    if known(mask) and not mask.any(axis=1).all():
+        empty = np.flatnonzero(~mask.any(axis=1))
         raise ValueError(f"row {empty[0]} of the prompt is padding throughout: give at least one token a row")
     return mask
 
