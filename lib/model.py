@@ -49,13 +49,13 @@ COLLECTED: dict[str, tuple[str, tuple[str, ...]]] = {
     "decoder_hidden_states": ("output_hidden_states", STATES["decoder."]),
     "decoder_attentions": ("output_attentions", WEIGHTS["decoder."]),
 }
-# Inputs that are rows of a table: input -> the field of the configuration that has the table's size.
+# Inputs that are rows of a table: input -> fields of the configuration, the first of which has the table's size.
 TABLES = {
-    "input_ids": "vocab_size",
-    "decoder_input_ids": "vocab_size",
-    "token_type_ids": "type_vocab_size",
-    "position_ids": "max_position_embeddings",
-    "decoder_position_ids": "max_target_positions",
+    "input_ids": ("vocab_size",),
+    "decoder_input_ids": ("decoder_vocab_size", "vocab_size"),
+    "token_type_ids": ("type_vocab_size",),
+    "position_ids": ("max_position_embeddings",),
+    "decoder_position_ids": ("max_target_positions",),
 }
 # Inputs of every family with attention: factors on the weights, [heads] or [layers, heads] -> where.
 HEAD_MASKS = {
@@ -521,6 +521,12 @@ def _is_on_host(value: Any) -> bool:
     return isinstance(value, int | float | str) or (hasattr(value, "__array__") and not isinstance(value, jax.Array))
 
 
+def table_size(config: Config, name: str) -> int | None:
+    """Rows of the table that an input is looked up in; None for other inputs, and where it has no table."""
+    sizes = (getattr(config, field, None) for field in TABLES.get(name, ()))
+    return next((size for size in sizes if size is not None), None)
+
+
 def _checked(model: Model, name: str, given: Any) -> np.ndarray:
     """Numbers from the host, ids inside the vocabulary: a compiled look-up would clip them in silence."""
     try:
@@ -529,7 +535,7 @@ def _checked(model: Model, name: str, given: Any) -> np.ndarray:
         raise ValueError(f"{name} is not a rectangular array of numbers; pad the rows to one length") from None
     if value.dtype.kind in "USO":
         raise ValueError(f"{name} must hold numbers, it holds {given!r:.40}; a tokenizer makes ids of text")
-    limit = getattr(model.config, TABLES[name], None) if name in TABLES else None
+    limit = table_size(model.config, name)
     if name == "position_ids" and hasattr(model.config, "rope_parameters"):
         limit = None  # rotary positions are computed, there is no table of them
     if limit is not None and value.size:

@@ -46,10 +46,12 @@ def inputs_of(architecture: Architecture, config: Any, batch: Batch) -> dict[str
     """A model's inputs in a batch; the ids that a decoder reads are made from `labels` where they are missing."""
     inputs = {name: x for name, x in batch.items() if name.partition(".")[0] not in TARGETS}
     reads = {"decoder_input_ids", "decoder_inputs_embeds"}
-    writes = architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq")
+    writes = architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForVision2Seq")
     if writes and "labels" in batch and not reads & inputs.keys():
         start, pad = config.decoder_start_token_id, config.pad_token_id
-        inputs["decoder_input_ids"] = shift_right(jnp.asarray(batch["labels"]), start, pad)
+        ids = inputs["decoder_input_ids"] = shift_right(jnp.asarray(batch["labels"]), start, pad)
+        if config.model_type == "encoder-decoder" and "decoder_attention_mask" not in inputs:
+            inputs["decoder_attention_mask"] = (ids != pad).astype(jnp.int32)  # there nobody looks at ignored labels
     return inputs
 
 
@@ -122,6 +124,7 @@ BY_TASK: dict[str, Objective] = {
     "ForSequenceClassification": _labels,
     "ForSpeechSeq2Seq": _classes,
     "ForTokenClassification": _classes,
+    "ForVision2Seq": _classes,
 }
 BY_NAME: dict[str, Objective] = {
     "BertForPreTraining": _words_and_pair,
@@ -129,5 +132,6 @@ BY_NAME: dict[str, Objective] = {
     "BartForCausalLM": _classes,
     "WhisperForCausalLM": _classes,
     "CLIPModel": _pairs,
+    "VisionTextDualEncoderModel": _pairs,
     "Wav2Vec2ForPreTraining": speech.pretraining_objective,
 }

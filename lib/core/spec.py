@@ -209,6 +209,17 @@ def optional(spec: Spec) -> Spec:
     return spec
 
 
+def inside(key: str, spec: Spec) -> Spec:
+    """The spec of a whole model as the part `key` of a larger tree: its ties say where things are in that."""
+    if isinstance(spec, Tied):
+        return replace(spec, to=f"{key}.{spec.to}")
+    if isinstance(spec, At):
+        return replace(spec, spec=inside(key, spec.spec))
+    if isinstance(spec, Mapping):
+        return {name: inside(key, part) for name, part in spec.items()}
+    return tuple(inside(key, part) for part in spec) if isinstance(spec, tuple) else spec
+
+
 def dotted(path: Path) -> str:
     """("layers", 0, "attn") -> "layers.0.attn"."""
     return ".".join(map(str, path))

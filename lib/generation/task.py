@@ -28,7 +28,7 @@ from formax.generation.dola import layers_of
 from formax.generation.state import Rule, known
 from formax.layers.attention import cache as caches
 from formax.layers.seq2seq import states_of
-from formax.model import HEAD_MASKS, Model
+from formax.model import HEAD_MASKS, Model, table_size
 
 log = logging.getLogger("formax")
 
@@ -384,7 +384,7 @@ def _to_encode(
     if main != "input_ids" or "encoder_outputs" in first or first.get("input_ids") is None:
         return first
     ids = _ids("input_ids", first["input_ids"])
-    _check_range("input_ids", ids, getattr(model.config, "vocab_size", None))
+    _check_range("input_ids", ids, table_size(model.config, "input_ids"))
     mask = _mask("attention_mask", ids, first.get("attention_mask"), config)
     most = positions_of(model)
     if most is not None and ids.shape[1] > most:
@@ -606,7 +606,7 @@ def _vocabulary(model: Model, config: GenerationConfig, said: set[str]) -> int |
 
     Of the model's own, those that are not are never chosen, and so do no harm.
     """
-    size = getattr(model.config, "vocab_size", None)
+    size = table_size(model.config, "decoder_input_ids" if "decoder_input_ids" in model.input_names else "input_ids")
     if size is None:
         return None
     special = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")

@@ -51,8 +51,9 @@ class Golden:
     @property
     def inputs(self) -> Tensors:
         """Arrays of the call; where the reference makes the decoder's ids of labels, these."""
-        made = objective.inputs_of(self.architecture, self.config, self.given)
-        return {name: np.asarray(array) for name, array in made.items()}
+        with jax.ensure_compile_time_eval():  # also where somebody traces
+            made = objective.inputs_of(self.architecture, self.config, self.given)
+            return {name: np.asarray(array) for name, array in made.items()}
 
     @property
     def hooks(self) -> ModuleType:
