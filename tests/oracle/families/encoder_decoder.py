@@ -94,8 +94,13 @@ CASES = (
 ALL = ("bert_bert", "bert_gpt2", "bert_bart")
 BUGS = (
     Bug("bridge without bias", ("bert_gpt2", "bert_bart"), zero("enc_to_dec_proj.bias")),
-    Bug("the decoder sees padding of the text", ALL, change_input("attention_mask", lambda m: np.ones_like(m))),
-    Bug("the decoder sees what it should not of its own", ALL, change_input("decoder_attention_mask", np.ones_like)),
+    Bug("the decoder sees padding of the text", ALL, change_input("attention_mask", np.ones_like)),
+    Bug(
+        "the decoder sees what it should not of its own",
+        ALL,
+        change_input("decoder_attention_mask", np.ones_like),
+        outputs=("logits",),
+    ),
     Bug("segments forgotten", ("bert_bert",), change_input("token_type_ids", np.zeros_like)),
     Bug("bridge transposed", ("bert_gpt2",), change(lambda w: w.T.reshape(w.shape), "enc_to_dec_proj.weight")),
 )

@@ -24,12 +24,13 @@ IMAGES = {"pixel_values": floats("images", 2, 3, 20, 20)}
 
 CASES = (
     Case("vit_gpt2", "VisionEncoderDecoderModel", TO_GPT2, IMAGES | written("vit_gpt2"), ("logits",)),
+    # No loss: this release shifts the labels twice (transformers pull request 40863 mends it).
     Case(
         "labels",
         "VisionEncoderDecoderModel",
         TO_BERT,
         IMAGES | {"labels": labels("labels", 61, mask(T, 20))},
-        ("loss", "logits", "encoder_last_hidden_state"),
+        ("logits", "encoder_last_hidden_state"),
     ),
 )
 

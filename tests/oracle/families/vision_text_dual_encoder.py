@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from oracle.cases import TRACES, change, text, zero
 from oracle.families import Bug, Case
 from oracle.families.encoder_decoder import BERT, SEGMENTS
@@ -41,7 +43,7 @@ BUGS = (
     Bug(
         "the scale is not exponential",
         ("vit_bert",),
-        change(lambda x: x * 0 + 0.3, "logit_scale"),
+        change(lambda x: np.full_like(x, 0.3), "logit_scale"),
         outputs=("logits_per_image", "logits_per_text"),
     ),
     Bug("the text's pooler has no bias", ("vit_bert",), zero("text_model.pooler.dense.bias"), outputs=("text_embeds",)),
