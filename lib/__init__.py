@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         from_pretrained,
         register,
     )
+    from formax.composed import dual_encoder, encoder_decoder
     from formax.generation.config import GenerationConfig
     from formax.generation.streamers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer
     from formax.inside import capture, intervene, places
@@ -118,6 +119,8 @@ __all__ = [
     "TextIteratorStreamer",
     "TextStreamer",
     "capture",
+    "dual_encoder",
+    "encoder_decoder",
     "from_pretrained",
     "intervene",
     "places",
@@ -139,6 +142,8 @@ _HOME = dict.fromkeys(__all__, "formax.auto") | {
     "TextIteratorStreamer": "formax.generation.streamers",
     "TextStreamer": "formax.generation.streamers",
     "capture": "formax.inside",
+    "dual_encoder": "formax.composed",
+    "encoder_decoder": "formax.composed",
     "intervene": "formax.inside",
     "places": "formax.inside",
 }
