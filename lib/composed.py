@@ -53,7 +53,8 @@ def encoder_decoder(
     if first not in READING:
         raise ValueError(f"{reads.architecture.name} reads {first}; an encoder reads one of {', '.join(READING)}")
     written = writes.config.replace(is_decoder=True, add_cross_attention=True)
-    config = registry.family(READING[first]).config(encoder=reads.config, decoder=written, **changes)
+    parts: Any = {"encoder": reads.config, "decoder": written}
+    config = registry.family(READING[first]).config(**parts, **changes)
     return _joined(config, {"encoder": reads.params, "decoder": writes.params}, key)
 
 
@@ -75,7 +76,7 @@ def dual_encoder(
     for name, first in (("vision", "pixel_values"), ("text", "input_ids")):
         if towers[name].input_names[0] != first:
             raise ValueError(f"the {name} tower reads {first}; {towers[name].architecture.name} does not")
-    own = {f"{name}_config": tower.config for name, tower in towers.items()}
+    own: Any = {f"{name}_config": tower.config for name, tower in towers.items()}
     config = registry.family("vision-text-dual-encoder").config(**own, **changes)
     return _joined(config, {name: tower.params for name, tower in towers.items()}, key)
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import formax
+from formax.compat import flax, tf
 from formax.core.config import ConfigError
 
 KEY = jax.random.key(0)
@@ -86,6 +88,24 @@ def test_towers_meet(bert: formax.Model, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = formax.AutoModel.from_pretrained(tmp_path)
     np.testing.assert_array_equal(again(**given).logits_per_text, out.logits_per_text)
+
+
+def test_old_classes_are_made_of_two_checkpoints(gpt2: formax.Model, bert: formax.Model, tmp_path: Path) -> None:
+    vit = bare("vit", image_size=8, patch_size=4, **SIZES)
+    for name, part in (("bert", bert), ("gpt2", gpt2), ("vit", vit)):
+        part.save_pretrained(tmp_path / name)
+    flat = flax.FlaxEncoderDecoderModel.from_encoder_decoder_pretrained(
+        tmp_path / "bert", tmp_path / "gpt2", decoder_start_token_id=30, pad_token_id=0
+    )
+    model = formax.encoder_decoder(bert, gpt2, key=KEY, decoder_start_token_id=30, pad_token_id=0)
+    given = {**READERS["bert"], "decoder_input_ids": np.full((2, 1), 30)}
+    np.testing.assert_allclose(flat(**given).logits, model(**given).logits, rtol=1e-5, atol=1e-6)
+    keras = tf.TFVisionTextDualEncoderModel.from_vision_text_pretrained(
+        tmp_path / "vit", tmp_path / "bert", text_dtype="bfloat16", projection_dim=6
+    )
+    assert keras.model.config.projection_dim == 6
+    assert keras.model.params["text"]["embed"]["word"]["embedding"].dtype == jnp.bfloat16
+    assert not hasattr(flax.FlaxBertModel, "from_encoder_decoder_pretrained")
 
 
 def test_what_does_not_fit(gpt2: formax.Model, bert: formax.Model, tmp_path: Path) -> None:

@@ -416,12 +416,25 @@ class FlaxPreTrainedModel(FlaxGenerationMixin):
             **files.choice("flax", pretrained_model_name_or_path, from_pt, options),
             **options,
         )
+        model = cls._of(opened, input_shape, seed, dtype, gradient_checkpointing)
+        if _do_init:
+            return model
+        params, model._is_initialized, model._params = model._params, False, None
+        return model, params
+
+    @classmethod
+    def _of(
+        cls,
+        opened: Model,
+        input_shape: Any = (1, 1),
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        gradient_checkpointing: bool = False,
+    ) -> Any:
+        """The class with this model inside."""
         model = cls(opened.config, input_shape, seed, dtype, False, gradient_checkpointing)
         model.generation_config = opened.generation_config
-        params = model._spelling.theirs(opened.params)
-        if not _do_init:
-            return model, params
-        model._is_initialized, model._params = True, params
+        model._is_initialized, model._params = True, model._spelling.theirs(opened.params)
         return model
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 from formax import auto
 from formax.compat import generation, outputs
 from formax.compat.auto import Auto
+from formax.compat.composed import OF_TWO
 from formax.core import registry
 from formax.core.family import Architecture, Family
 
@@ -118,7 +119,8 @@ def _class(surface: Surface, family: Family, architecture: Architecture) -> Any:
         "__module__": surface.module,
         "__doc__": f"transformers' {name}: `{architecture.name}` of the family {family.model_type}.",
     }
-    return type(name, (surface.base,), fields | surface.fields(family, architecture))
+    more = (OF_TWO[family.model_type],) if family.model_type in OF_TWO else ()
+    return type(name, (surface.base, *more), fields | surface.fields(family, architecture))
 
 
 @lru_cache(maxsize=256)

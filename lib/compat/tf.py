@@ -194,8 +194,7 @@ class TFPreTrainedModel(TFGenerationMixin):
                 `ignore_mismatched_sizes`; fields of the configuration to replace.
         """
         first = use_safetensors is not False
-        found = cls.__new__(cls)
-        found.model = load(
+        opened = load(
             pretrained_model_name_or_path,
             None,
             architecture=cls.architecture.name,
@@ -204,6 +203,13 @@ class TFPreTrainedModel(TFGenerationMixin):
             **files.choice("tf", pretrained_model_name_or_path, from_pt, options, safetensors_first=first),
             **options,
         )
+        return cls._of(opened)
+
+    @classmethod
+    def _of(cls, model: Model) -> Any:
+        """The class with this model inside."""
+        found = cls.__new__(cls)
+        found.model = model
         return found
 
     def save_pretrained(
