@@ -22,16 +22,23 @@ MODULES = {
     "mamba": "formax.models.text.mamba",
     "mixtral": "formax.models.text.mixtral",
     "resnet": "formax.models.vision.resnet",
+    "roberta": "formax.models.text.roberta",
+    "roberta-prelayernorm": "formax.models.text.roberta_prelayernorm",
     "t5": "formax.models.text.t5",
     "vit": "formax.models.vision.vit",
     "wav2vec2": "formax.models.audio.wav2vec2",
     "whisper": "formax.models.audio.whisper",
+    "xlm-roberta": "formax.models.text.xlm_roberta",
 }
 
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.
 ALIASES = {
     "bert-japanese": "bert",
+    "bertweet": "roberta",
+    "bort": "bert",
     "herbert": "bert",
+    "phobert": "roberta",
+    "xlm-v": "xlm-roberta",
 }
 
 _registered: dict[str, Family] = {}
