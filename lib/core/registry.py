@@ -18,6 +18,7 @@ MODULES = {
     "clip_vision_model": "formax.models.multimodal.clip:VISION",
     "detr": "formax.models.vision.detr",
     "distilbert": "formax.models.text.distilbert",
+    "electra": "formax.models.text.electra",
     "gpt2": "formax.models.text.gpt2",
     "llama": "formax.models.text.llama",
     "mamba": "formax.models.text.mamba",
