@@ -11,6 +11,7 @@ import importlib
 from formax.core.family import Family
 
 MODULES = {
+    "albert": "formax.models.text.albert",
     "bart": "formax.models.text.bart",
     "bert": "formax.models.text.bert",
     "clip": "formax.models.multimodal.clip",
