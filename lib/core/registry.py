@@ -27,6 +27,7 @@ MODULES = {
     "resnet": "formax.models.vision.resnet",
     "roberta": "formax.models.text.roberta",
     "roberta-prelayernorm": "formax.models.text.roberta_prelayernorm",
+    "roformer": "formax.models.text.roformer",
     "t5": "formax.models.text.t5",
     "vit": "formax.models.vision.vit",
     "wav2vec2": "formax.models.audio.wav2vec2",
