@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from formax.core.spec import At, Initializer, Param
 
@@ -49,6 +50,17 @@ def sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     rates = jnp.exp(-math.log(10000) / (size // 2 - 1) * jnp.arange(size // 2))
     angles = jnp.arange(rows)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
+
+
+def waves(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """The positions of Vaswani et al. 2017, sine and cosine of every rate side by side: [positions, size].
+
+    An initialiser; rates fall from 1 to almost 1/10000.
+    """
+    rows, size = shape
+    angles = np.arange(rows)[:, None] / 10000 ** (np.arange(0, size, 2) / size)
+    both = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(rows, -1)
+    return jnp.asarray(both[:, :size], dtype)
 
 
 def check_inputs(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from formax.core import tap
 from formax.core.family import Architecture
 from formax.core.outputs import DoubleHeadsOutput, LogitsOutput, QuestionAnsweringOutput
-from formax.core.rng import fold_path
+from formax.core.rng import fold_path, split
 from formax.core.spec import At, Param, Spec, Tied, normal, under
 from formax.layers import embed, norm
 from formax.layers.activations import activation
@@ -54,31 +56,42 @@ def linear_head(
     return spec
 
 
-def words_spec(prefix: str, c: Any, *, names: tuple[str, str, str], tf: str | None = None) -> dict[str, Spec]:
+def words_spec(
+    prefix: str,
+    c: Any,
+    *,
+    names: tuple[str, str, str],
+    bias: str = "bias",
+    size: int | None = None,
+    tf: str | None = None,
+    tf_bias: str | None = None,
+) -> dict[str, Spec]:
     """Masked-word head: a transform, then the word table again (unless untied) and a bias for every word.
 
-    `names` are the checkpoint's for the dense layer, its norm and the decoder; the bias is `bias`, also the decoder's.
-    `tf` takes the place of the prefix in TensorFlow's checkpoints, where heads are always tied.
+    `names` are the checkpoint's for the dense layer, its norm and the decoder; that of the `bias` may be the decoder's.
+    `size` is the width of the word table if it is not that of the states. `tf` takes the place of the prefix in
+    TensorFlow's checkpoints, where heads are always tied, `tf_bias` that of the bias.
     """
-    init = normal(c.initializer_range)
+    init, size = normal(c.initializer_range), size or c.hidden_size
     dense, layer_norm, decoder = names
-    untied = linear_spec(decoder, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=False)
+    untied = linear_spec(decoder, size, c.vocab_size, ("embed", "vocab"), init=init, bias=False)
     spec: dict[str, Spec] = {
-        "dense": linear_spec(dense, c.hidden_size, c.hidden_size, ("embed", None), init=init),
-        "norm": norm.layer_spec(layer_norm, c.hidden_size),
-        "bias": Param((c.vocab_size,), ("vocab",), "bias"),
+        "dense": linear_spec(dense, c.hidden_size, size, ("embed", None), init=init),
+        "norm": norm.layer_spec(layer_norm, size),
+        "bias": Param((c.vocab_size,), ("vocab",), bias, tf=tf_bias),
         "decoder": Tied(f"{decoder}.weight", "embed.word.embedding")
         if c.tie_word_embeddings
         else replace(untied, tf=""),
-        "decoder_bias": Tied(f"{decoder}.bias", "head.bias"),
     }
+    if bias != f"{decoder}.bias":
+        spec["decoder_bias"] = Tied(f"{decoder}.bias", "head.bias")
     return {"head": At(prefix, spec, tf=tf)}
 
 
-def words(p: dict[str, Any], c: Any, x: jax.Array) -> jax.Array:
-    """Scores of all words, [B, T, E] -> [B, T, V]."""
+def words(p: dict[str, Any], c: Any, x: jax.Array, act: str | None = None) -> jax.Array:
+    """Scores of all words, [B, T, E] -> [B, T, V]; `act` is the transform's activation where it is not the layers'."""
     head = p["head"]
-    x = norm.layer(head["norm"], activation(c.hidden_act)(linear(head["dense"], x)), c.layer_norm_eps)
+    x = norm.layer(head["norm"], activation(act or c.hidden_act)(linear(head["dense"], x)), c.layer_norm_eps)
     y = linear(head["decoder"], x) if "decoder" in head else embed.logits(p["embed"]["word"], x)
     return y + head["bias"].astype(y.dtype)
 
@@ -106,21 +119,50 @@ def lm_logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     return linear(p["head"], x) if "head" in p else embed.logits(p["embed"]["word"], x)
 
 
-def classify(p: dict[str, Any], c: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Dropout (the configuration's for classifiers, else for states, else 0.1), then the linear head.
-
-    [..., E] -> [..., labels].
-    """
+def classifier_rate(c: Any) -> float:
+    """Dropout before classifiers: the configuration's for them, else for states, else 0.1."""
     rates = (getattr(c, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
-    rate = next((rate for rate in rates if rate is not None), 0.1)
-    return linear(p["head"], dropout(x, rate, None if key is None else fold_path(key, "head")))
+    return next((rate for rate in rates if rate is not None), 0.1)
 
 
-def sequence_classification(summary: Apply) -> Apply:
-    """A label for every text: logits [B, labels]."""
+def classify(
+    p: dict[str, Any], c: Any, x: jax.Array, key: jax.Array | None, rate: Callable[[Any], float] = classifier_rate
+) -> jax.Array:
+    """Dropout at `rate(c)`, then the linear head: [..., E] -> [..., labels]."""
+    return linear(p["head"], dropout(x, rate(c), None if key is None else fold_path(key, "head")))
+
+
+def sequence_classification(summary: Apply, rate: Callable[[Any], float] = classifier_rate) -> Apply:
+    """A label for every text, of its summary after dropout at `rate(c)`: logits [B, labels]."""
 
     def apply(p: Any, c: Any, input_ids: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
-        return LogitsOutput(logits=classify(p, c, summary(p, c, input_ids, key=key, **inputs), key))
+        return LogitsOutput(logits=classify(p, c, summary(p, c, input_ids, key=key, **inputs), key, rate))
+
+    return apply
+
+
+def deep_head(name: str = "classifier") -> Callable[[Any], dict[str, Spec]]:
+    """The two linear maps of `deep_classification`, stored as `name.dense` and `name.out_proj`."""
+
+    def spec(c: Any) -> dict[str, Spec]:
+        make = partial(linear_spec, d_in=c.hidden_size, axes=("embed", None), init=normal(c.initializer_range))
+        parts = {"pooler": make("dense", d_out=c.hidden_size), "head": make("out_proj", d_out=c.num_labels)}
+        return under(name, parts)
+
+    return spec
+
+
+def deep_classification(encode: Apply, act: Callable[[Any], str] = lambda c: "tanh") -> Apply:
+    """A label for every text, from its first token through two linear maps, `act(c)` between them: logits [B, labels].
+
+    The first map is what other heads share as a pooler, and here belongs to the head: RoBERTa's.
+    """
+
+    def apply(p: Any, c: Any, input_ids: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
+        x = encode(p, c, input_ids, key=key, **inputs)[0][:, 0]
+        x = dropout(x, classifier_rate(c), None if key is None else fold_path(key, "pooler"))
+        x = tap.tap("pooler", activation(act(c))(linear(p["pooler"], x)))
+        return LogitsOutput(logits=classify(p, c, x, key))
 
     return apply
 
@@ -137,12 +179,26 @@ def kept(x: jax.Array, which: Any) -> jax.Array:
     return jnp.take(x, which, axis=1, mode="clip")
 
 
-def causal_lm(encode: Apply) -> Apply:
-    """Scores of the next word at every position: logits [B, T, V], or at those of `logits_to_keep` (`kept`)."""
+def causal_lm(encode: Apply, logits: Callable[[Any, Any, jax.Array], jax.Array] | None = None) -> Apply:
+    """Scores of the next word at every position: logits [B, T, V], or at those of `logits_to_keep` (`kept`).
+
+    `logits(p, c, states [B, T, E])` is what makes them, if it is more than the head of `lm_head`.
+    """
 
     def apply(p: Any, c: Any, input_ids: Any = None, logits_to_keep: Any = 0, **inputs: Any) -> LogitsOutput:
         x, cache = encode(p, c, input_ids, **inputs)
-        return LogitsOutput(logits=lm_logits(p, kept(x, logits_to_keep)), cache=cache)
+        x = kept(x, logits_to_keep)
+        return LogitsOutput(logits=lm_logits(p, x) if logits is None else logits(p, c, x), cache=cache)
+
+    return apply
+
+
+def masked_lm(encode: Apply, logits: Callable[[Any, Any, jax.Array], jax.Array] = words) -> Apply:
+    """Scores of all words at every position as `logits(p, c, states)` makes them: [B, T, V]."""
+
+    def apply(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> LogitsOutput:
+        x, cache = encode(p, c, input_ids, **inputs)
+        return LogitsOutput(logits=logits(p, c, x), cache=cache)
 
     return apply
 
@@ -208,10 +264,10 @@ def decoder_heads(
 
 
 def summary_spec(name: str, c: Any, labels: int) -> dict[str, Spec]:
-    """The projection of a text's vector onto scores, as the `summary_*` fields of the configuration say."""
-    if not c.summary_use_proj:
+    """The projection of a text's vector onto scores, as the `summary_*` fields say that the configuration has."""
+    if not getattr(c, "summary_use_proj", False):
         return {}
-    width = labels if c.summary_proj_to_labels else c.hidden_size
+    width = labels if getattr(c, "summary_proj_to_labels", False) else c.hidden_size
     return {"summary": linear_spec(name, c.hidden_size, width, ("embed", None), init=normal(c.initializer_range))}
 
 
@@ -221,7 +277,7 @@ def summary(p: dict[str, Any], c: Any, x: jax.Array, at: jax.Array | None, key: 
     `at` [B, ...] says which state for the type "cls_index"; the last one by default. The other types take the second
     dimension of the states, as the reference does, which among several choices is that of the choices.
     """
-    match c.summary_type:
+    match getattr(c, "summary_type", "last"):
         case "first":
             x = x[:, 0]
         case "mean":
@@ -230,9 +286,27 @@ def summary(p: dict[str, Any], c: Any, x: jax.Array, at: jax.Array | None, key: 
             x = x[:, -1]
         case _:
             x = x[..., -1, :] if at is None else jnp.take_along_axis(x, at[..., None, None], axis=-2)[..., 0, :]
-    x = dropout(x, c.summary_first_dropout, None if key is None else fold_path(key, "summary"))
+    k_in, k_out = split(None if key is None else fold_path(key, "summary"), 2)
+    x = dropout(x, getattr(c, "summary_first_dropout", 0.0), k_in)
     x = linear(p["summary"], x) if "summary" in p else x
-    return activation(c.summary_activation or "linear")(x)
+    x = activation(getattr(c, "summary_activation", None) or "linear")(x)
+    return dropout(x, getattr(c, "summary_last_dropout", 0.0), k_out)
+
+
+def summary_choice(base: str, spec: Callable[[Any], dict[str, Spec]], encode: Apply) -> tuple[Apply, Apply]:
+    """Spec and `apply` of a head for choices over the `summary` of each, as ELECTRA's: for `label_heads`.
+
+    `base` and `spec` are the bare model's prefix in checkpoints and its declaration.
+    """
+
+    def vector(p: Any, c: Any, input_ids: Any = None, key: Any = None, **inputs: Any) -> jax.Array:
+        return summary(p, c, encode(p, c, input_ids, key=key, **inputs)[0], None, key)
+
+    def projection(c: Any) -> dict[str, Spec]:
+        return summary_spec("sequence_summary.summary", c, c.num_labels)
+
+    made = with_heads(base, spec, projection, linear_head("classifier", 1))
+    return made, multiple_choice(vector, lambda c: 0.0)
 
 
 def double_heads(name: str, base: str, spec: Callable[[Any], dict[str, Spec]], encode: Apply) -> Architecture:
@@ -280,12 +354,15 @@ def token_classification(encode: Apply) -> Apply:
     return apply
 
 
-def multiple_choice(summary: Apply) -> Apply:
-    """A score for every choice: inputs [B, choices, T], run as rows of one batch -> logits [B, choices]."""
+def multiple_choice(summary: Apply, rate: Callable[[Any], float] = classifier_rate) -> Apply:
+    """A score for every choice: inputs [B, choices, T], run as rows of one batch -> logits [B, choices].
+
+    It is made of the choice's summary after dropout at `rate(c)`.
+    """
 
     def apply(p: Any, c: Any, key: Any = None, **inputs: Any) -> LogitsOutput:
         rows, shape = as_rows(inputs)
-        return LogitsOutput(logits=classify(p, c, summary(p, c, key=key, **rows), key).reshape(shape))
+        return LogitsOutput(logits=classify(p, c, summary(p, c, key=key, **rows), key, rate).reshape(shape))
 
     return apply
 
@@ -316,7 +393,16 @@ def question_answering(encode: Apply) -> Apply:
     return apply
 
 
-def label_heads(name: str, plain: Apply, pooled: Apply, encode: Apply, summary: Apply) -> tuple[Architecture, ...]:
+def label_heads(
+    name: str,
+    plain: Apply,
+    pooled: Apply,
+    encode: Apply,
+    summary: Apply,
+    *,
+    text: tuple[Apply, Apply] | None = None,
+    choice: tuple[Apply, Apply] | None = None,
+) -> tuple[Architecture, ...]:
     """The four heads that give labels, named and stored as BERT's.
 
     Args:
@@ -325,11 +411,13 @@ def label_heads(name: str, plain: Apply, pooled: Apply, encode: Apply, summary: 
         pooled: the same with the pooler between.
         encode: see above.
         summary: see above.
+        text: spec and `apply` of the head for texts, if it is not a linear map of the summary.
+        choice: the same of the head for choices.
     """
-    labels, choice, span = linear_head("classifier"), linear_head("classifier", 1), linear_head("qa_outputs")
+    labels, score, span = linear_head("classifier"), linear_head("classifier", 1), linear_head("qa_outputs")
     table: dict[str, tuple[Apply, Apply]] = {
-        "ForSequenceClassification": (pooled(labels), sequence_classification(summary)),
-        "ForMultipleChoice": (pooled(choice), multiple_choice(summary)),
+        "ForSequenceClassification": text or (pooled(labels), sequence_classification(summary)),
+        "ForMultipleChoice": choice or (pooled(score), multiple_choice(summary)),
         "ForTokenClassification": (plain(labels), token_classification(encode)),
         "ForQuestionAnswering": (plain(span), question_answering(encode)),
     }

@@ -84,6 +84,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
 
 
+def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs of neighbours (channel 2i, channel 2i + 1), as the paper does: [B, T, H, D] -> [B, T, H, D]."""
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    a, b = x[..., ::2], x[..., 1::2]
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+
+
 def _llama3(parameters: Mapping[str, Any], frequencies: np.ndarray) -> np.ndarray:
     """Low frequencies divided by the factor, high ones kept, those between blended (Llama 3.1, arXiv:2407.21783)."""
     trained = parameters["original_max_position_embeddings"]

@@ -305,7 +305,14 @@ def test_aliases(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")]
+    ("name", "family"), [("bort", "bert"), ("bertweet", "roberta"), ("phobert", "roberta"), ("xlm_v", "xlm-roberta")]
+)
+def test_aliases_of_other_families(name: str, family: str) -> None:
+    assert registry.family(name).model_type == family
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("brt", "nearest are bort, bert"), ("zzzzzz", "there are albert, bart, bert, bert-japanese")]
 )
 def test_a_model_type_that_nobody_knows(tmp_path: Path, name: str, hint: str) -> None:
     written(tmp_path, model_type=name)

@@ -55,6 +55,13 @@ def t5() -> Any:
     return spread(formax.AutoModelForSeq2SeqLM.from_config(config, key=KEY), 2.0)
 
 
+@pytest.fixture(scope="module")
+def roberta() -> Any:
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = formax.AutoConfig.for_model("roberta", vocab_size=48, is_decoder=True, pad_token_id=3, **sizes)
+    return spread(formax.AutoModelForCausalLM.from_config(config, key=KEY))
+
+
 IDS = np.array([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 PLAIN: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None}
 
@@ -93,6 +100,18 @@ def test_padded_rows_give_what_they_give_alone(name: str, side: str, request: py
     for row, seen in zip(range(2), np.array(mask, bool), strict=True):
         alone = model.generate(IDS[row : row + 1, seen], **PLAIN)
         np.testing.assert_array_equal(out[row, 6:], np.asarray(alone)[0, seen.sum() :])
+
+
+def test_positions_that_a_model_counts_itself_are_given_from_0_on(roberta: Any) -> None:
+    """A call of the model counts from pad_token_id + 1; the reference's `generate` does not, padded or not."""
+    out = np.asarray(roberta.generate(IDS, **PLAIN))
+    for step in (6, 11):
+        given = np.broadcast_to(np.arange(step), (2, step))
+        logits = roberta(out[:, :step], position_ids=given).logits
+        np.testing.assert_array_equal(np.argmax(logits[:, -1], axis=-1), out[:, step])
+    assert not np.array_equal(np.argmax(roberta(out[:, :-1]).logits, axis=-1)[:, 5:], out[:, 6:])
+    padded = np.asarray(roberta.generate(IDS, attention_mask=[[0, 0, 1, 1, 1, 1], [1] * 6], **PLAIN))
+    np.testing.assert_array_equal(padded[0, 6:], np.asarray(roberta.generate(IDS[:1, 2:], **PLAIN))[0, 4:])
 
 
 def test_padding_is_told_from_its_token_unless_it_ends_texts_too(gpt2: Any) -> None:

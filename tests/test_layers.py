@@ -11,7 +11,7 @@ import pytest
 
 from formax.core import spec as specs
 from formax.core.tap import watch
-from formax.layers import embed, linear, mlp, norm
+from formax.layers import embed, linear, mlp, norm, rope
 from formax.layers.activations import ACTIVATIONS, activation
 from formax.layers.dropout import dropout
 
@@ -167,6 +167,23 @@ def test_embeddings_and_their_transpose() -> None:
     assert embed.logits(p, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
     (entry,) = specs.table(embed.embedding_spec("words", 7, 4, init=specs.ones)).entries
     assert (entry.key, entry.name, entry.param.axes) == ("embedding", "words.weight", ("vocab", "embed"))
+
+
+def test_positions_as_waves() -> None:
+    table = np.asarray(embed.waves(jax.random.key(0), (7, 10), jnp.float32))
+    for position, channel in ((0, 0), (3, 4), (6, 9)):
+        angle = position / 10000 ** (2 * (channel // 2) / 10)
+        expected = math.cos(angle) if channel % 2 else math.sin(angle)
+        assert table[position, channel] == pytest.approx(expected, abs=1e-6)
+
+
+def test_neighbours_are_turned_as_halves_are() -> None:
+    x, angles = jnp.asarray(draw(2, 5, 3, 8)), jnp.asarray(draw(1, 5, 1, 4))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    apart = jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    expected = rope.rotate(apart, cos, sin)
+    turned = rope.rotate_pairs(x, cos, sin)
+    np.testing.assert_allclose(jnp.concatenate([turned[..., ::2], turned[..., 1::2]], axis=-1), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

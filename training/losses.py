@@ -58,10 +58,19 @@ def sequence_classification(logits: jax.Array, labels: jax.Array, problem_type: 
         case "single_label_classification":
             return cross_entropy(y, labels)
         case "multi_label_classification":
-            return (jax.nn.softplus(y) - labels * y).mean()
+            return binary(y, labels)
     raise ValueError(
         f"problem_type={problem_type!r} is none of regression, single_label_classification, multi_label_classification"
     )
+
+
+def binary(logits: jax.Array, labels: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """Mean negative log-likelihood of zeros and ones [...] given their logits [...], where `seen` [...] is not 0."""
+    y = logits.astype(jnp.float32)
+    losses = jax.nn.softplus(y) - labels * y
+    if seen is None:
+        return losses.mean()
+    return jnp.where(seen != 0, losses, 0).sum() / jnp.maximum((seen != 0).sum(), 1)
 
 
 def span(start_logits: jax.Array, end_logits: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ Objective = Callable[[Any, Any, Batch], jax.Array]
 TARGETS = (
     "labels",
     "next_sentence_label",
+    "sentence_order_label",
     "start_positions",
     "end_positions",
     "mc_labels",
@@ -90,6 +91,15 @@ def _words_and_pair(out: Any, c: Any, batch: Batch) -> jax.Array:
     return words + losses.cross_entropy(out.seq_relationship_logits, batch["next_sentence_label"])
 
 
+def _words_and_order(out: Any, c: Any, batch: Batch) -> jax.Array:
+    words = losses.cross_entropy(out.prediction_logits, batch["labels"])
+    return words + losses.cross_entropy(out.sop_logits, batch["sentence_order_label"])
+
+
+def _replaced(out: Any, c: Any, batch: Batch) -> jax.Array:
+    return losses.binary(out.logits, batch["labels"], batch.get("attention_mask"))
+
+
 def _pixels(out: Any, c: Any, batch: Batch) -> jax.Array:
     return losses.masked_pixels(out.reconstruction, batch["pixel_values"], batch["bool_masked_pos"], c.patch_size)
 
@@ -127,7 +137,9 @@ BY_TASK: dict[str, Objective] = {
     "ForVision2Seq": _classes,
 }
 BY_NAME: dict[str, Objective] = {
+    "AlbertForPreTraining": _words_and_order,
     "BertForPreTraining": _words_and_pair,
+    "ElectraForPreTraining": _replaced,
     # Their labels are not shifted: they are what the decoder should write, beside what it reads.
     "BartForCausalLM": _classes,
     "WhisperForCausalLM": _classes,

@@ -113,6 +113,7 @@ def self_attention(
     *,
     mask: Mask,
     rotate: Callable[[jax.Array], jax.Array] | None = None,
+    rotate_values: Callable[[jax.Array], jax.Array] | None = None,
     bias: Any = None,
     scale: float | None = None,
     cache: KVCache | None = None,
@@ -123,14 +124,17 @@ def self_attention(
     """Multi-head self-attention, [B, T, E] -> ([B, T, E], the cache with these T positions).
 
     The number of heads is what the kernels hold (a pruned layer has fewer). `rotate` puts positions into queries and
-    keys (`layers.rope`). `bias` is as for `attention`, or a function of (q, k) that gives one. With a cache, keys are
-    the buffer's S positions and `mask` must hide the unfilled ones, as a causal mask at `q_offset=cache.length` does.
+    keys (`layers.rope`), `rotate_values` into values. `bias` is as for `attention`, or a function of (q, k) that gives
+    one. With a cache, keys are the buffer's S positions and `mask` must hide the unfilled ones, as a causal mask at
+    `q_offset=cache.length` does.
     Taps, under `name`: `q`, `k`, `v`, `scores`, `weights`, `out`.
     """
     with tap.scope(name):
         q, k, v = (split_heads(linear(p[part], x), head_dim) for part in ("q", "k", "v"))
         if rotate is not None:
             q, k = rotate(q), rotate(k)
+        if rotate_values is not None:
+            v = rotate_values(v)
         q, k, v = tap.tap("q", q), tap.tap("k", k), tap.tap("v", v)
         how: dict[str, Any] = {"mask": mask, "scale": scale, "dropout": dropout, "key": key}
         if cache is not None:

@@ -23,7 +23,7 @@ from formax.core.family import Architecture, Family
 def families() -> Iterator[Family]:
     """Every family once, in the order of the table."""
     seen: set[int] = set()
-    for model_type in registry.model_types():
+    for model_type in dict.fromkeys((*registry.MODULES, *registry.model_types())):
         family = registry.family(model_type)
         if id(family) not in seen:
             seen.add(id(family))

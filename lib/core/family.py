@@ -94,6 +94,8 @@ class Family:
         old_names: {class name that older config.json files have: its name today}.
         init_cache: `init_cache(config, batch, length, encoder_length, dtype)` for families that decode; it gives None
             for a configuration that does not.
+        counts_tokens: whether positions that are not given are counted over tokens that are no padding. The reference's
+            `generate` gives them always, from 0 on, and so does ours.
         flax: what Flax has of it; None for nothing.
         tf: what TensorFlow has of it.
     """
@@ -106,6 +108,7 @@ class Family:
     init_cache: Callable[..., Any] | None = None
     relative: str | None = None
     old_names: Mapping[str, str] = field(default_factory=dict)
+    counts_tokens: bool = False
     flax: Port | None = None
     tf: Port | None = None
 

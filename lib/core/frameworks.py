@@ -49,7 +49,7 @@ class Spelling:
     Attributes:
         spec: the same tree; names and layouts are the framework's.
         nowhere: names in it for which the checkpoint has no place: {name: our path}. They are optional there.
-        uncounted: those of them that are mere counts, which are left out when written.
+        uncounted: those of them that are buffers, such as counts, which are left out when written.
     """
 
     spec: Spec
@@ -133,7 +133,7 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
         if place is None or own == "" or p.stored_as is not None:
             name = ".".join((*plain, p.name))
             nowhere[name] = dotted(path)
-            if p.stored_as is not None:
+            if p.stored_as is not None or p.buffer:
                 uncounted.add(name)
             return replace(p, name=name, also=(), optional=True)
         name, layout = _kind(key, p, around, framework)

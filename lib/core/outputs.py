@@ -102,6 +102,16 @@ class PreTrainingOutput(Output):
 
 
 @output
+class SentenceOrderOutput(Output):
+    """ALBERT's two objectives: `prediction_logits` [B, T, V] and `sop_logits` [B, 2]."""
+
+    prediction_logits: Array
+    sop_logits: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@output
 class MoeModelOutput(Output):
     """States [B, T, H] of a mixture of experts; `router_logits`, when asked for, one [B * T, experts] a layer."""
 

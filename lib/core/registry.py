@@ -11,18 +11,24 @@ import importlib
 from formax.core.family import Family
 
 MODULES = {
+    "albert": "formax.models.text.albert",
     "bart": "formax.models.text.bart",
     "bert": "formax.models.text.bert",
     "clip": "formax.models.multimodal.clip",
     "clip_text_model": "formax.models.multimodal.clip:TEXT",
     "clip_vision_model": "formax.models.multimodal.clip:VISION",
     "detr": "formax.models.vision.detr",
+    "distilbert": "formax.models.text.distilbert",
+    "electra": "formax.models.text.electra",
     "encoder_decoder": "formax.models.text.encoder_decoder",
     "gpt2": "formax.models.text.gpt2",
     "llama": "formax.models.text.llama",
     "mamba": "formax.models.text.mamba",
     "mixtral": "formax.models.text.mixtral",
     "resnet": "formax.models.vision.resnet",
+    "roberta": "formax.models.text.roberta",
+    "roberta-prelayernorm": "formax.models.text.roberta_prelayernorm",
+    "roformer": "formax.models.text.roformer",
     "speech_encoder_decoder": "formax.models.audio.speech_encoder_decoder",
     "t5": "formax.models.text.t5",
     "vision_encoder_decoder": "formax.models.multimodal.vision_encoder_decoder",
@@ -30,12 +36,17 @@ MODULES = {
     "vit": "formax.models.vision.vit",
     "wav2vec2": "formax.models.audio.wav2vec2",
     "whisper": "formax.models.audio.whisper",
+    "xlm-roberta": "formax.models.text.xlm_roberta",
 }
 
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.
 ALIASES = {
     "bert-japanese": "bert",
+    "bertweet": "roberta",
+    "bort": "bert",
     "herbert": "bert",
+    "phobert": "roberta",
+    "xlm-v": "xlm-roberta",
 }
 
 _registered: dict[str, Family] = {}

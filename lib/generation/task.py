@@ -220,6 +220,8 @@ def task_of(
     mask = None if mask is None or (known(mask) and mask.all()) else mask
     if cached and not back and cache is None and mask is None and "attention_mask" in model.input_names:
         mask = np.ones(ids.shape, bool)  # hides what fills the prompt up
+    if mask is None and model.family.counts_tokens:
+        mask = np.ones(ids.shape, bool)  # so that positions are given
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
     feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode, cache))
     if seq2seq:

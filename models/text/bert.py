@@ -5,6 +5,7 @@ Devlin et al. 2018, arXiv:1810.04805; original code google-research/bert. With `
 (arXiv:1803.02155), `relative_key_query` Huang et al. 2020 (arXiv:2009.13658). Most text encoders here descend from it.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,11 +27,8 @@ from formax.layers.linear import linear, linear_spec
 
 
 @config
-class BertConfig(Config):
-    """`config.json` of model type "bert"."""
-
-    model_type: ClassVar[str] = "bert"
-    implemented: ClassVar = {"position_embedding_type": ("absolute", "relative_key", "relative_key_query")}
+class EncoderConfig(Config):
+    """The fields that configurations of BERT's line have."""
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -45,9 +43,6 @@ class BertConfig(Config):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
-    position_embedding_type: str = "absolute"
-    use_cache: bool = True
-    classifier_dropout: float | None = None
 
     def check(self) -> None:
         check_multiple(self, "hidden_size", "num_attention_heads")
@@ -59,18 +54,35 @@ class BertConfig(Config):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def word_size(self) -> int:
+        """Width of the vectors of words, which in BERT is that of the states."""
+        return self.hidden_size
+
     def heads_of(self, layer: int) -> int:
         """Attention heads that are left in a layer."""
         return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
 
-def block_spec(c: BertConfig, layer: int) -> dict[str, Spec]:
+@config
+class BertConfig(EncoderConfig):
+    """`config.json` of model type "bert"."""
+
+    model_type: ClassVar[str] = "bert"
+    implemented: ClassVar = {"position_embedding_type": ("absolute", "relative_key", "relative_key_query")}
+
+    position_embedding_type: str = "absolute"
+    use_cache: bool = True
+    classifier_dropout: float | None = None
+
+
+def block_spec(c: Any, layer: int) -> dict[str, Spec]:
     """One layer."""
     init = normal(c.initializer_range)
     names = ("self.query", "self.key", "self.value", "output.dense")
     attn = partial(attention_spec, c.hidden_size, head_dim=c.head_dim, names=names, init=init)
     own = attn(c.heads_of(layer))
-    if c.position_embedding_type != "absolute":
+    if getattr(c, "position_embedding_type", "absolute") != "absolute":
         own["distance"] = relative_key_spec("self.distance_embedding", c.max_position_embeddings, c.head_dim, init)
     spec: dict[str, Spec] = {
         "attn": At("attention", own),
@@ -84,87 +96,142 @@ def block_spec(c: BertConfig, layer: int) -> dict[str, Spec]:
     return spec
 
 
-def block(p: Any, c: BertConfig, x: Any, mask: Any, cross_mask: Any, memory: Any, cache: Any, key: Any) -> Any:
-    """Post-norm: what each part computes is added to its input, then normalised. [B, T, E] -> ([B, T, E], cache)."""
+def post_norm(p: Any, c: Any, x: jax.Array, part: Any, key: Any) -> Any:
+    """What a part computes is added to its input, then normalised: [B, T, E] -> ([B, T, E], cache)."""
+    h, cache = part(x)
+    return norm.layer(p, x + dropout(h, c.hidden_dropout_prob, key), c.layer_norm_eps), cache
+
+
+def block(
+    p: Any,
+    c: Any,
+    x: Any,
+    mask: Any,
+    cross_mask: Any,
+    memory: Any,
+    cache: Any,
+    key: Any,
+    *,
+    around: Callable[..., Any] = post_norm,
+    **told: Any,
+) -> Any:
+    """Attention to itself, to the memory if there is one, and a network, each in a residual connection `around` it.
+
+    [B, T, E] -> ([B, T, E], cache). `told` is what attention to itself is told besides.
+    """
     keys = split(key, 5)
     cache = cache or {"attn": None, "cross": None}
-    own = {"mask": mask, "cache": cache["attn"], "dropout": c.attention_probs_dropout_prob, "key": keys[0]}
-    other = {"mask": cross_mask, "cache": cache["cross"], "dropout": c.attention_probs_dropout_prob, "key": keys[2]}
-    bias = None
-    if c.position_embedding_type != "absolute":
+    if "distance" in p["attn"]:
         both = c.position_embedding_type == "relative_key_query"
         bias = partial(relative_key_bias, p["attn"]["distance"], key_too=both, q_offset=mask.q_offset)
+        told = {"bias": bias, **told}
+    shared = {"head_dim": c.head_dim, "dropout": c.attention_probs_dropout_prob}
 
-    def add(name: str, h: jax.Array, key: Any) -> jax.Array:
-        return norm.layer(p[name], x + dropout(h, c.hidden_dropout_prob, key), c.layer_norm_eps)
+    def own(x: jax.Array) -> Any:
+        return self_attention(p["attn"], x, mask=mask, cache=cache["attn"], key=keys[0], **shared, **told)
 
-    h, attn = self_attention(p["attn"], x, c.head_dim, bias=bias, **own)
-    x = add("attn_norm", h, keys[1])
+    def other(x: jax.Array) -> Any:
+        return cross_attention(p["cross"], x, memory, mask=cross_mask, cache=cache["cross"], key=keys[2], **shared)
+
+    def think(x: jax.Array) -> Any:
+        return mlp.dense(p["mlp"], x, c.hidden_act), None
+
+    x, attn = around(p["attn_norm"], c, x, own, keys[1])
     cross = cache["cross"]
     if "cross" in p and (memory is not None or cross is not None):
-        h, cross = cross_attention(p["cross"], x, memory, c.head_dim, **other)
-        x = add("cross_norm", h, keys[3])
-    x = add("mlp_norm", mlp.dense(p["mlp"], x, c.hidden_act), keys[4])
+        x, cross = around(p["cross_norm"], c, x, other, keys[3])
+    x, _ = around(p["mlp_norm"], c, x, think, keys[4])
     return x, {"attn": attn, "cross": cross}
 
 
-def encoder_spec(c: BertConfig) -> dict[str, Spec]:
-    """Embeddings and layers."""
-    table = partial(embed.embedding_spec, size=c.hidden_size, init=normal(c.initializer_range))
-    embeddings = {
+def embeddings_spec(c: Any) -> dict[str, Spec]:
+    """Tables of words, positions and segments, and their norm."""
+    table = partial(embed.embedding_spec, size=c.word_size, init=normal(c.initializer_range))
+    return {
         "word": table("word_embeddings", c.vocab_size, tf="weight"),
         "position": table("position_embeddings", c.max_position_embeddings, axes=(None, "embed")),
         "token_type": table("token_type_embeddings", c.type_vocab_size, axes=(None, "embed")),
-        "norm": norm.layer_spec("LayerNorm", c.hidden_size),
+        "norm": norm.layer_spec("LayerNorm", c.word_size),
         "position_ids": Ignored("position_ids"),
     }
+
+
+def encoder_spec(c: Any, block_spec: Callable[[Any, int], dict[str, Spec]] = block_spec) -> dict[str, Spec]:
+    """Embeddings and layers."""
     layers = [block_spec(c, i) for i in range(c.num_hidden_layers)]
-    return {"embed": At("embeddings", embeddings), "layers": stack_of("encoder.layer", layers)}
+    return {"embed": At("embeddings", embeddings_spec(c)), "layers": stack_of("encoder.layer", layers)}
+
+
+def pooler_spec(c: Any) -> dict[str, Spec]:
+    """The pooler, which checkpoints of heads that do not use it lack."""
+    dense = linear_spec("pooler.dense", c.hidden_size, c.hidden_size, ("embed", None), init=normal(c.initializer_range))
+    return {"pooler": optional(dense)}
 
 
 def model_spec(c: BertConfig) -> dict[str, Spec]:
-    """The encoder and the pooler, which checkpoints of heads that do not use it lack."""
-    dense = linear_spec("pooler.dense", c.hidden_size, c.hidden_size, ("embed", None), init=normal(c.initializer_range))
-    return {**encoder_spec(c), "pooler": optional(dense)}
+    """The encoder and the pooler."""
+    return {**encoder_spec(c), **pooler_spec(c)}
 
 
-def embeddings(p: Any, c: BertConfig, ids: Any, types: Any, positions: Any, vectors: Any, offset: Any, key: Any) -> Any:
+def embeddings(p: Any, c: Any, ids: Any, types: Any, positions: Any, vectors: Any, offset: Any, key: Any) -> Any:
     """Word, position and segment vectors, added and normalised: [B, T] -> [B, T, E]."""
-    with tap.scope("embed"):
-        x = embed.embed(p["word"], ids) if vectors is None else vectors
-        x = x + embed.embed(p["token_type"], jnp.zeros((1, 1), jnp.int32) if types is None else types)
-        if c.position_embedding_type == "absolute":
-            positions = embed.positions(offset, x) if positions is None else positions
-            x = x + embed.embed(p["position"], positions)
-        return tap.tap("out", dropout(norm.layer(p["norm"], x, c.layer_norm_eps), c.hidden_dropout_prob, key))
+    tables = p["embed"]
+    x = embed.embed(tables["word"], ids) if vectors is None else vectors
+    x = x + embed.embed(tables["token_type"], jnp.zeros((1, 1), jnp.int32) if types is None else types)
+    if c.position_embedding_type == "absolute":
+        positions = embed.positions(offset, x) if positions is None else positions
+        x = x + embed.embed(tables["position"], positions)
+    return dropout(norm.layer(tables["norm"], x, c.layer_norm_eps), c.hidden_dropout_prob, key)
 
 
-def encode(
-    p: Any,
-    c: BertConfig,
-    input_ids: Any = None,
-    attention_mask: Any = None,
-    token_type_ids: Any = None,
-    position_ids: Any = None,
-    inputs_embeds: Any = None,
-    encoder_hidden_states: Any = None,
-    encoder_attention_mask: Any = None,
-    cache: Any = None,
-    key: Any = None,
-) -> Any:
-    """Embeddings and all layers: ids [B, T] -> (states [B, T, E], cache)."""
-    embed.check_inputs(input_ids, inputs_embeds, c.max_position_embeddings)
-    if cache is not None and not c.is_decoder:
-        raise ValueError("a cache needs is_decoder=True: an encoder's states change with every token that follows")
-    k_embed, k_layers = split(key, 2)
-    mask = causal_mask(attention_mask, cache) if c.is_decoder else from_attention_mask(attention_mask)
-    x = embeddings(p["embed"], c, input_ids, token_type_ids, position_ids, inputs_embeds, mask.q_offset, k_embed)
-    cross_mask = from_attention_mask(encoder_attention_mask)
+def encoder(
+    embeddings: Callable[..., jax.Array],
+    block: Callable[..., Any],
+    told: Callable[..., dict[str, Any]] = lambda p, c, x, offset: {},
+) -> Callable[..., Any]:
+    """Embeddings and all layers of BERT's line.
 
-    def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        return block(p, c, x, mask, cross_mask, encoder_hidden_states, cache, key)
+    Args:
+        embeddings: a family's own, as those here.
+        block: its own layer, as the one here.
+        told: `told(p, c, x, offset)`, what layers are told besides: {argument of `block`: value}.
+    """
 
-    return fold(run, p.get("layers", ()), x, cache=cache, key=k_layers)  # a tree has no empty branches
+    def encode(
+        p: Any,
+        c: Any,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        inputs_embeds: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        cache: Any = None,
+        key: Any = None,
+    ) -> Any:
+        """Embeddings and all layers: ids [B, T] -> (states [B, T, E], cache)."""
+        embed.check_inputs(input_ids, inputs_embeds, c.max_position_embeddings)
+        if cache is not None and not c.is_decoder:
+            raise ValueError("a cache needs is_decoder=True: an encoder's states change with every token that follows")
+        k_embed, k_layers = split(key, 2)
+        mask = causal_mask(attention_mask, cache) if c.is_decoder else from_attention_mask(attention_mask)
+        given = input_ids, token_type_ids, position_ids, inputs_embeds
+        with tap.scope("embed"):
+            x = tap.tap("out", embeddings(p, c, *given, mask.q_offset, k_embed))
+        cross_mask = from_attention_mask(encoder_attention_mask)
+
+        more = told(p, c, x, mask.q_offset)
+
+        def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
+            return block(p, c, x, mask, cross_mask, encoder_hidden_states, cache, key, **more)
+
+        return fold(run, p.get("layers", ()), x, cache=cache, key=k_layers)  # a tree has no empty branches
+
+    return encode
+
+
+encode = encoder(embeddings, block)
 
 
 def pool(p: Any, x: jax.Array) -> jax.Array:
@@ -172,15 +239,28 @@ def pool(p: Any, x: jax.Array) -> jax.Array:
     return tap.tap("pooler", jnp.tanh(linear(p["pooler"], x[:, 0])))
 
 
-def summary(p: Any, c: BertConfig, input_ids: Any = None, **inputs: Any) -> jax.Array:
-    """A vector for every text: ids [B, T] -> [B, E]."""
-    return pool(p, encode(p, c, input_ids, **inputs)[0])
+def summarised(encode: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """What makes a vector of every text by `encode` and the pooler."""
+
+    def summary(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> jax.Array:
+        """A vector for every text: ids [B, T] -> [B, E]."""
+        return pool(p, encode(p, c, input_ids, **inputs)[0])
+
+    return summary
 
 
-def model(p: Any, c: BertConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E] and pooled [B, E]."""
-    x, cache = encode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, pooler_output=pool(p, x), cache=cache)
+def bare(encode: Callable[..., Any]) -> Callable[..., BaseModelOutput]:
+    """The model without a head."""
+
+    def model(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
+        """States [B, T, E] and pooled [B, E]."""
+        x, cache = encode(p, c, input_ids, **inputs)
+        return BaseModelOutput(last_hidden_state=x, pooler_output=pool(p, x), cache=cache)
+
+    return model
+
+
+summary, model = summarised(encode), bare(encode)
 
 
 def masked_lm(p: Any, c: BertConfig, input_ids: Any = None, **inputs: Any) -> LogitsOutput:
@@ -201,7 +281,7 @@ def pretraining(p: Any, c: BertConfig, input_ids: Any = None, **inputs: Any) -> 
     return PreTrainingOutput(prediction_logits=heads.words(p, c, x), seq_relationship_logits=pair)
 
 
-def init_cache(c: BertConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
+def init_cache(c: Any, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
     """Empty caches of a decoder's layers, with room for `length` positions and an encoder's `encoder_length` states."""
     if not c.is_decoder:
         return None
@@ -214,7 +294,11 @@ _plain, _pooled = partial(heads.with_heads, "bert", encoder_spec), partial(heads
 _names = ("transform.dense", "transform.LayerNorm", "decoder")
 _words = partial(heads.words_spec, "cls.predictions", names=_names, tf="mlm___cls.predictions")
 _pair = heads.linear_head("cls.seq_relationship", 2, key="pair", tf="nsp___cls.seq_relationship")
-_FIRST = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask")
+# In Flax's order.
+FLAX_INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "head_mask"),
+    *("encoder_hidden_states", "encoder_attention_mask"),
+)
 
 FAMILY = Family(
     "bert",
@@ -231,6 +315,6 @@ FAMILY = Family(
         Architecture("BertForNextSentencePrediction", "ForNextSentencePrediction", _pooled(_pair), next_sentence),
         *heads.label_heads("Bert", _plain, _pooled, encode, summary),
     ),
-    flax=Port(inputs=(*_FIRST, "encoder_hidden_states", "encoder_attention_mask")),
+    flax=Port(inputs=FLAX_INPUTS),
     tf=Port(repeats={"mlm___cls": "bert/embeddings/"}),
 )

@@ -19,7 +19,9 @@ def traced(golden: Golden, config: Any, dtype: Any, key: jax.Array | None = None
     inputs = {name: jnp.asarray(array) for name, array in golden.inputs.items() if name not in HEAD_MASKS}
     inputs = {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in inputs.items()}
     for name in STATES & inputs.keys():
-        inputs[name] = jnp.zeros((*inputs[name].shape[:-1], config.hidden_size), dtype)
+        # vectors of words may be narrower than states
+        width = getattr(config, "word_size" if name == "inputs_embeds" else "hidden_size", config.hidden_size)
+        inputs[name] = jnp.zeros((*inputs[name].shape[:-1], width), dtype)
     given: dict[str, Any] = inputs if key is None else {**inputs, "key": key}
     params = specs.abstract(golden.architecture.spec(config), dtype)
     switches = golden.switches

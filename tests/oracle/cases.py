@@ -38,10 +38,19 @@ def mask(*lengths: int, width: int = T, left: bool = False) -> Array:
     return ones[:, ::-1].copy() if left else ones
 
 
-def text(name: str, *lengths: int, left: bool = False, low: int = 1) -> Tensors:
-    """Returns token ids from `low` on, 0 for padding, and the padding mask, each `[rows, T]`."""
+def text(
+    name: str, *lengths: int, left: bool = False, low: int = 1, pad: int = 0, segments: int | None = None
+) -> Tensors:
+    """Returns token ids from `low` on, `pad` for padding, the padding mask, and segment ids if there are `segments`.
+
+    Each is `[rows, T]`.
+    """
     seen = mask(*lengths, left=left)
-    return {"input_ids": ids(f"{name}.input_ids", *seen.shape, low=low) * seen, "attention_mask": seen}
+    read = np.where(seen, ids(f"{name}.input_ids", *seen.shape, low=low), pad)
+    made = {"input_ids": read, "attention_mask": seen}
+    if segments is not None:
+        made["token_type_ids"] = ids(f"{name}.token_type_ids", *seen.shape, low=0, high=segments)
+    return made
 
 
 def written(name: str, rows: int = 2) -> Tensors:
@@ -58,6 +67,41 @@ def labels(name: str, high: int, seen: Array) -> Array:
 
 
 # ---- heads that read a text -----------------------------------------------------------------------------------------
+
+
+def sequence_classification(prefix: str, sizes: dict[str, Any], inputs: Tensors) -> Case:
+    """Returns the case of the head that labels every text."""
+    drawn = {"labels": np.array([2, 0])}
+    architecture, outputs = f"{prefix}ForSequenceClassification", ("loss", "logits")
+    return Case("sequence_classification", architecture, sizes | {"num_labels": 3}, inputs | drawn, outputs)
+
+
+def multiple_choice(prefix: str, sizes: dict[str, Any], choices: Tensors) -> Case:
+    """Returns the case of the head that chooses; inputs are rows of six texts, three choices for each of two."""
+    shaped = {name: rows.reshape(2, 3, T) for name, rows in choices.items()} | {"labels": np.array([2, 0])}
+    return Case("multiple_choice", f"{prefix}ForMultipleChoice", sizes, shaped, ("loss", "logits"))
+
+
+def masked_lm(prefix: str, sizes: dict[str, Any], inputs: Tensors) -> Case:
+    """Returns the case of the head for masked words."""
+    drawn = labels("masked_lm", VOCAB, inputs["attention_mask"])
+    return Case("masked_lm", f"{prefix}ForMaskedLM", sizes, inputs | {"labels": drawn}, ("loss", "logits"))
+
+
+def causal_lm(prefix: str, sizes: dict[str, Any], inputs: Tensors) -> Case:
+    """Returns the case of the head for next words; the reference shifts the labels itself."""
+    drawn = labels("next_words", VOCAB, inputs["attention_mask"])
+    return Case("causal_lm", f"{prefix}ForCausalLM", sizes, inputs | {"labels": drawn}, ("loss", "logits"))
+
+
+def label_heads(prefix: str, sizes: dict[str, Any], inputs: Tensors, choices: Tensors) -> tuple[Case, ...]:
+    """Returns the cases of the four heads that give labels, for texts, choices, tokens and spans."""
+    return (
+        sequence_classification(prefix, sizes, inputs),
+        multiple_choice(prefix, sizes, choices),
+        token_classification(prefix, sizes, inputs),
+        question_answering(prefix, sizes, inputs),
+    )
 
 
 def token_classification(prefix: str, sizes: dict[str, Any], inputs: Tensors) -> Case:
