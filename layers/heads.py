@@ -84,11 +84,16 @@ def words(p: dict[str, Any], c: Any, x: jax.Array) -> jax.Array:
 
 
 def lm_head(
-    name: str = "lm_head", *, tied_to: str = "embed.word.embedding", bias: bool = False, flax: str | None = None
+    name: str = "lm_head",
+    *,
+    tied_to: str = "embed.word.embedding",
+    bias: bool = False,
+    flax: str | None = None,
+    tf: str | None = "",
 ) -> Callable[[Any], dict[str, Spec]]:
     """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`.
 
-    `flax` is the name in Flax's checkpoints if it is another; in TensorFlow all are tied.
+    `flax` and `tf` are the names in those frameworks' checkpoints if they are others; in TensorFlow most are tied.
     """
 
     def spec(c: Any) -> dict[str, Spec]:
@@ -96,7 +101,7 @@ def lm_head(
             return {"head": Tied(f"{name}.weight", tied_to)}
         init = normal(c.initializer_range)
         own = linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
-        return {"head": replace(own, flax=flax, tf="")}
+        return {"head": replace(own, flax=flax, tf=tf)}
 
     return spec
 

@@ -20,6 +20,7 @@ MODULES = {
     "gpt2": "formax.models.text.gpt2",
     "llama": "formax.models.text.llama",
     "mamba": "formax.models.text.mamba",
+    "mistral": "formax.models.text.mistral",
     "mixtral": "formax.models.text.mixtral",
     "resnet": "formax.models.vision.resnet",
     "t5": "formax.models.text.t5",
@@ -31,7 +32,14 @@ MODULES = {
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.
 ALIASES = {
     "bert-japanese": "bert",
+    "code_llama": "llama",
+    "cpm": "gpt2",
+    "dialogpt": "gpt2",
+    "gpt_sw3": "gpt2",
     "herbert": "bert",
+    "llama2": "llama",
+    "llama3": "llama",
+    "megatron_gpt2": "gpt2",
 }
 
 _registered: dict[str, Family] = {}
