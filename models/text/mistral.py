@@ -10,12 +10,9 @@ from typing import Any, ClassVar
 
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.frozen import FrozenDict
 from formax.core.outputs import BaseModelOutput
 from formax.layers import decoder, heads
-from formax.models.text.llama import LlamaConfig, block, model_spec
-
-ROPE = FrozenDict(rope_type="default", rope_theta=10000.0)
+from formax.models.text.llama import ROPE, LlamaConfig, block, model_spec
 
 
 @config
