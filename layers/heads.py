@@ -93,12 +93,13 @@ def lm_head(
 ) -> Callable[[Any], dict[str, Spec]]:
     """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`.
 
-    `flax` and `tf` are the names in those frameworks' checkpoints if they are others; in TensorFlow most are tied.
+    A `bias` is its own in both cases. `flax` and `tf` are the names in those frameworks' checkpoints if they are others; in TensorFlow most are tied.
     """
 
     def spec(c: Any) -> dict[str, Spec]:
         if c.tie_word_embeddings:
-            return {"head": Tied(f"{name}.weight", tied_to)}
+            tied: dict[str, Spec] = {"head": Tied(f"{name}.weight", tied_to)}
+            return {**tied, "head_bias": Param((c.vocab_size,), ("vocab",), f"{name}.bias")} if bias else tied
         init = normal(c.initializer_range)
         own = linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
         return {"head": replace(own, flax=flax, tf=tf)}
@@ -108,7 +109,8 @@ def lm_head(
 
 def lm_logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """Scores of all words by the head of `lm_head`, [B, T, E] -> [B, T, V]."""
-    return linear(p["head"], x) if "head" in p else embed.logits(p["embed"]["word"], x)
+    y = linear(p["head"], x) if "head" in p else embed.logits(p["embed"]["word"], x)
+    return y + p["head_bias"].astype(y.dtype) if "head_bias" in p else y
 
 
 def classify(p: dict[str, Any], c: Any, x: jax.Array, key: jax.Array | None) -> jax.Array:

@@ -20,6 +20,7 @@ MODULES = {
     "gemma": "formax.models.text.gemma",
     "gpt2": "formax.models.text.gpt2",
     "gpt_neo": "formax.models.text.gpt_neo",
+    "gptj": "formax.models.text.gptj",
     "llama": "formax.models.text.llama",
     "mamba": "formax.models.text.mamba",
     "mistral": "formax.models.text.mistral",

@@ -32,7 +32,9 @@ class GemmaConfig(LlamaConfig):
     num_key_value_heads: int | None = 16
     head_dim: int | None = 256
     hidden_act: str = "gelu_pytorch_tanh"
-    hidden_activation: str | None = None  # says what was meant where `hidden_act` does not; PyTorch's class passes it over
+    hidden_activation: str | None = (
+        None  # says what was meant where `hidden_act` does not; PyTorch's class passes it over
+    )
     max_position_embeddings: int = 8192
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -84,9 +86,7 @@ def decode(
     embed.check_inputs(input_ids, inputs_embeds, None)
     # Vectors that are given are scaled as well.
     x = scaled(c, embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds)
-    return decoder.decode(
-        block, p, c, None, attention_mask, position_ids, x, cache, key, last_norm=norm.rms_plus_one
-    )
+    return decoder.decode(block, p, c, None, attention_mask, position_ids, x, cache, key, last_norm=norm.rms_plus_one)
 
 
 def model(p: Any, c: GemmaConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:

@@ -47,9 +47,7 @@ SIZES: dict[str, Any] = {
 PADDED = text("padded", 25, 19)
 LEFT = text("left", 25, 18, left=True)
 
-HEADS = decoder_heads(
-    "GPTNeo", SIZES, PADDED, "sequence_classification", "token_classification", "question_answering"
-)
+HEADS = decoder_heads("GPTNeo", SIZES, PADDED, "sequence_classification", "token_classification", "question_answering")
 
 # As EleutherAI/gpt-neo-125m is on the hub: both spellings of what a layer is, the masks inside.
 CONFIG_2021: dict[str, Any] = {
@@ -119,9 +117,7 @@ CASES = (
         ("logits",),
         literal_config=True,
         copies={"lm_head.weight": "transformer.wte.weight"},
-        buffers={
-            f"transformer.h.{i}.attn.attention.{name}": value for i in range(2) for name, value in MASKS.items()
-        },
+        buffers={f"transformer.h.{i}.attn.attention.{name}": value for i in range(2) for name, value in MASKS.items()},
     ),
 )
 
@@ -146,7 +142,9 @@ BUGS = (
     Bug("padding attended to", ("left_padded",), change_input("attention_mask", np.ones_like)),
     Bug("segments ignored", ("ids_of_all_kinds",), change_input("token_type_ids", np.zeros_like)),
     Bug(
-        "position_ids ignored", ("ids_of_all_kinds",), change_input("position_ids", lambda p: np.arange(T)[None] + 0 * p)
+        "position_ids ignored",
+        ("ids_of_all_kinds",),
+        change_input("position_ids", lambda p: np.arange(T)[None] + 0 * p),
     ),
     Bug("head tied all the same", ("untied",), configure(tie_word_embeddings=True)),
     Bug("label read off the last position", ("sequence_classification",), configure(pad_token_id=55)),
