@@ -93,7 +93,8 @@ def lm_head(
 ) -> Callable[[Any], dict[str, Spec]]:
     """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`.
 
-    A `bias` is its own in both cases. `flax` and `tf` are the names in those frameworks' checkpoints if they are others; in TensorFlow most are tied.
+    A `bias` is its own in both cases. `flax` and `tf` are the names in those frameworks' checkpoints if they are
+    others; in TensorFlow most are tied.
     """
 
     def spec(c: Any) -> dict[str, Spec]:

@@ -13,6 +13,7 @@ from formax.core.family import Family
 MODULES = {
     "bart": "formax.models.text.bart",
     "bert": "formax.models.text.bert",
+    "bloom": "formax.models.text.bloom",
     "clip": "formax.models.multimodal.clip",
     "clip_text_model": "formax.models.multimodal.clip:TEXT",
     "clip_vision_model": "formax.models.multimodal.clip:VISION",

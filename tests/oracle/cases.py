@@ -200,7 +200,7 @@ def labels_off_by_one(*cases: str, least: float = 1e-2) -> Bug:
     return Bug("labels off by one token", cases, change_input("labels", lambda y: np.roll(y, 1, -1)), least, ("loss",))
 
 
-def answers_cut_off(*cases: str) -> Bug:
+def answers_cut_off(*cases: str, least: float = 1e-2) -> Bug:
     """An answer that ends beyond the text ends at its last token."""
     plant = change_input("end_positions", lambda at: np.minimum(at, T - 1))
-    return Bug("answer beyond the text counted as its last token", cases, plant, outputs=("loss",))
+    return Bug("answer beyond the text counted as its last token", cases, plant, least, ("loss",))
