@@ -37,6 +37,11 @@ def with_heads(prefix: str, base: Callable[[Any], dict[str, Spec]], *heads: Call
     return spec
 
 
+def width(c: Any) -> int:
+    """Width of the states that heads read, which a family may make another than that of its layers (`states_size`)."""
+    return getattr(c, "states_size", c.hidden_size)
+
+
 def linear_head(
     name: str, labels: int | None = None, *, key: str = "head", bias: bool = True, tf: str | None = None
 ) -> Callable[[Any], dict[str, Spec]]:
@@ -48,7 +53,7 @@ def linear_head(
     def spec(c: Any) -> dict[str, Spec]:
         count = c.num_labels if labels is None else labels
         init = normal(c.initializer_range)
-        made = linear_spec(name, c.hidden_size, count, ("embed", None), init=init, bias=bias)
+        made = linear_spec(name, width(c), count, ("embed", None), init=init, bias=bias)
         return {key: replace(made, tf=tf)}
 
     return spec
@@ -102,7 +107,7 @@ def lm_head(
             tied: dict[str, Spec] = {"head": Tied(f"{name}.weight", tied_to)}
             return {**tied, "head_bias": Param((c.vocab_size,), ("vocab",), f"{name}.bias")} if bias else tied
         init = normal(c.initializer_range)
-        own = linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
+        own = linear_spec(name, width(c), c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
         return {"head": replace(own, flax=flax, tf=tf)}
 
     return spec

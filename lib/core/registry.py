@@ -26,6 +26,7 @@ MODULES = {
     "mamba": "formax.models.text.mamba",
     "mistral": "formax.models.text.mistral",
     "mixtral": "formax.models.text.mixtral",
+    "opt": "formax.models.text.opt",
     "resnet": "formax.models.vision.resnet",
     "t5": "formax.models.text.t5",
     "vit": "formax.models.vision.vit",

@@ -43,9 +43,7 @@ LEFT = text("left", 25, 18, left=True)
 INSIDE = text("inside", 25, 25)
 INSIDE["attention_mask"][1, 9:16] = 0
 
-HEADS = decoder_heads(
-    "Bloom", SIZES, PADDED, "sequence_classification", "token_classification", "question_answering"
-)
+HEADS = decoder_heads("Bloom", SIZES, PADDED, "sequence_classification", "token_classification", "question_answering")
 
 # As bigscience/bloom-560m is on the hub: a language model by its configuration, without prefix and head.
 CONFIG_2022: dict[str, Any] = {
