@@ -32,6 +32,7 @@ MODULES = {
     "vit": "formax.models.vision.vit",
     "wav2vec2": "formax.models.audio.wav2vec2",
     "whisper": "formax.models.audio.whisper",
+    "xglm": "formax.models.text.xglm",
 }
 
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.

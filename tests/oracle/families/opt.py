@@ -111,7 +111,7 @@ CASES = (
     ),
     Case("untied", "OPTForCausalLM", BEHIND | {"tie_word_embeddings": False}, text("untied", 25), ("logits",)),
     Case("no_last_norm", "OPTModel", SIZES | {"_remove_final_layer_norm": True}, PADDED, ("last_hidden_state",)),
-    # As Galactica has it. (Norms may lack parameters as well, but the reference cannot make such a model, only open it.)
+    # As Galactica has it. (Norms may lack parameters as well: the reference opens such a model, but cannot make one.)
     Case(
         "no_biases",
         "OPTModel",
