@@ -92,10 +92,11 @@ def decode(
     key: Any,
     *,
     window: int | None = None,
+    last_norm: Callable[..., jax.Array] = norm.rms,
 ) -> tuple[jax.Array, Any]:
     """Word vectors, all blocks, the last norm: ids [B, T] -> (states [B, T, E], what the blocks gave beside them).
 
-    With a `window`, a position sees that many: itself and those right before it.
+    With a `window`, a position sees that many: itself and those right before it. `last_norm` is the function of it.
     """
     embed.check_inputs(input_ids, inputs_embeds, None)
     with tap.scope("embed"):
@@ -111,7 +112,7 @@ def decode(
         return block(p, c, x, rotate, mask, cache, key)
 
     x, seen = fold(run, p.get("layers", ()), x, cache=cache, key=split(key, 1)[0])
-    return tap.tap("last", norm.rms(p["norm"], x, c.rms_norm_eps)), seen
+    return tap.tap("last", last_norm(p["norm"], x, c.rms_norm_eps)), seen
 
 
 def init_cache(c: Any, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:

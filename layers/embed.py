@@ -36,23 +36,43 @@ def positions(offset: Any, x: jax.Array) -> jax.Array:
     return jnp.reshape(offset, (-1, 1)) + jnp.arange(x.shape[1])
 
 
+def positions_of_tokens(seen: jax.Array | None, offset: Any, x: jax.Array) -> jax.Array:
+    """Positions of states x [B, T, ...] as the numbers of tokens that are no padding: int [1 or B, T].
+
+    Args:
+        seen: [B, S] which of all tokens up to here, or of a longer buffer, are no padding; None for all of them.
+        offset: where among them the first state is, one number or [B].
+        x: the states. Padding is at position -1.
+    """
+    at = positions(offset, x)
+    if seen is None:
+        return at
+    numbers = jnp.where(seen, jnp.cumsum(seen, axis=1) - 1, -1)
+    return jnp.take_along_axis(numbers, jnp.broadcast_to(at, (len(numbers), at.shape[1])), axis=1, mode="clip")
+
+
 def logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """The table as a tied output projection: [..., size] -> [..., rows]."""
     return jnp.einsum("...e,ve->...v", x, p["embedding"].astype(x.dtype))
 
 
 def sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Sines, then cosines, of waves from 2 pi to 20000 pi long, at positions 0, 1, ...: [positions, size].
-
-    An initialiser; as many sines as cosines, so that `size` must be even, and at least 4.
-    """
+    """The waves of `waves` at positions 0, 1, ...: [positions, size]. An initialiser."""
     rows, size = shape
+    return waves(jnp.arange(rows), size).astype(dtype)
+
+
+def waves(positions: jax.Array, size: int) -> jax.Array:
+    """Sines, then cosines, of waves from 2 pi to 20000 pi long, at positions [...]: float32 [..., size].
+
+    As many sines as cosines, so that `size` must be even, and at least 4.
+    """
     rates = jnp.exp(-math.log(10000) / (size // 2 - 1) * jnp.arange(size // 2))
-    angles = jnp.arange(rows)[:, None] * rates
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
+    angles = positions[..., None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def waves(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+def paired_sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     """The positions of Vaswani et al. 2017, sine and cosine of every rate side by side: [positions, size].
 
     An initialiser; rates fall from 1 to almost 1/10000.

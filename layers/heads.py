@@ -39,6 +39,11 @@ def with_heads(prefix: str, base: Callable[[Any], dict[str, Spec]], *heads: Call
     return spec
 
 
+def width(c: Any) -> int:
+    """Width of the states that heads read, which a family may make another than that of its layers (`states_size`)."""
+    return getattr(c, "states_size", c.hidden_size)
+
+
 def linear_head(
     name: str, labels: int | None = None, *, key: str = "head", bias: bool = True, tf: str | None = None
 ) -> Callable[[Any], dict[str, Spec]]:
@@ -50,7 +55,7 @@ def linear_head(
     def spec(c: Any) -> dict[str, Spec]:
         count = c.num_labels if labels is None else labels
         init = normal(c.initializer_range)
-        made = linear_spec(name, c.hidden_size, count, ("embed", None), init=init, bias=bias)
+        made = linear_spec(name, width(c), count, ("embed", None), init=init, bias=bias)
         return {key: replace(made, tf=tf)}
 
     return spec
@@ -97,26 +102,34 @@ def words(p: dict[str, Any], c: Any, x: jax.Array, act: str | None = None) -> ja
 
 
 def lm_head(
-    name: str = "lm_head", *, tied_to: str = "embed.word.embedding", bias: bool = False, flax: str | None = None
+    name: str = "lm_head",
+    *,
+    tied_to: str = "embed.word.embedding",
+    bias: bool = False,
+    flax: str | None = None,
+    tf: str | None = "",
 ) -> Callable[[Any], dict[str, Spec]]:
     """Output projection onto the vocabulary: the word table itself when tied, else a linear map stored as `name`.
 
-    `flax` is the name in Flax's checkpoints if it is another; in TensorFlow all are tied.
+    A `bias` is its own in both cases. `flax` and `tf` are the names in those frameworks' checkpoints if they are
+    others; in TensorFlow most are tied.
     """
 
     def spec(c: Any) -> dict[str, Spec]:
         if c.tie_word_embeddings:
-            return {"head": Tied(f"{name}.weight", tied_to)}
+            tied: dict[str, Spec] = {"head": Tied(f"{name}.weight", tied_to)}
+            return {**tied, "head_bias": Param((c.vocab_size,), ("vocab",), f"{name}.bias")} if bias else tied
         init = normal(c.initializer_range)
-        own = linear_spec(name, c.hidden_size, c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
-        return {"head": replace(own, flax=flax, tf="")}
+        own = linear_spec(name, width(c), c.vocab_size, ("embed", "vocab"), init=init, bias=bias)
+        return {"head": replace(own, flax=flax, tf=tf)}
 
     return spec
 
 
 def lm_logits(p: dict[str, Any], x: jax.Array) -> jax.Array:
     """Scores of all words by the head of `lm_head`, [B, T, E] -> [B, T, V]."""
-    return linear(p["head"], x) if "head" in p else embed.logits(p["embed"]["word"], x)
+    y = linear(p["head"], x) if "head" in p else embed.logits(p["embed"]["word"], x)
+    return y + p["head_bias"].astype(y.dtype) if "head_bias" in p else y
 
 
 def classifier_rate(c: Any) -> float:

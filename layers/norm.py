@@ -44,6 +44,18 @@ def rms(p: dict[str, Any], x: jax.Array, eps: float) -> jax.Array:
     return y.astype(x.dtype) * p["scale"].astype(x.dtype)
 
 
+def rms_plus_one_spec(name: str, size: int) -> Spec:
+    """Scale of `rms_plus_one`, kept as its distance from 1."""
+    return At(name, {"scale": Param((size,), ("embed",), "weight", zeros)})
+
+
+def rms_plus_one(p: dict[str, Any], x: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square normalisation as Gemma has it, [..., E] -> [..., E]: times 1 + scale, all in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return (y * (1 + p["scale"].astype(jnp.float32))).astype(x.dtype)
+
+
 def group(p: dict[str, Any], x: jax.Array, groups: int, eps: float) -> jax.Array:
     """Group normalisation (Wu and He 2018) of channels-last maps, [B, *spatial, C] -> [B, *spatial, C].
 

@@ -84,11 +84,13 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
 
 
-def rotate_pairs(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns the pairs of neighbours (channel 2i, channel 2i + 1), as the paper does: [B, T, H, D] -> [B, T, H, D]."""
+def rotate_neighbours(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the pairs (channel 2i, channel 2i + 1) of the first `dim` channels, [B, T, H, D] -> [B, T, H, D]."""
+    dim = 2 * cos.shape[-1]
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    a, b = x[..., ::2], x[..., 1::2]
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    a, b, rest = x[..., :dim:2], x[..., 1:dim:2], x[..., dim:]
+    turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(*x.shape[:-1], dim)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def _llama3(parameters: Mapping[str, Any], frequencies: np.ndarray) -> np.ndarray:

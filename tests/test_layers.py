@@ -182,7 +182,7 @@ def test_neighbours_are_turned_as_halves_are() -> None:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     apart = jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
     expected = rope.rotate(apart, cos, sin)
-    turned = rope.rotate_pairs(x, cos, sin)
+    turned = rope.rotate_neighbours(x, cos, sin)
     np.testing.assert_allclose(jnp.concatenate([turned[..., ::2], turned[..., 1::2]], axis=-1), expected, rtol=1e-6)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import jax
@@ -542,6 +542,14 @@ def _each(init: Initializer) -> Initializer:
     return draw
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
+@dataclass(frozen=True)
+class Static:
+    """What differs from layer to layer and is no array, such as the kind of its attention, as `data` of `fold`."""
+
+    value: Any
+
+
 _remat: ContextVar[bool] = ContextVar("formax_remat", default=False)
 
 
@@ -578,7 +586,8 @@ def fold(
         x: what flows through, any pytree of arrays.
         cache: per-layer caches, a tuple or stacked as the layers are; None for none.
         key: random key for dropout, folded with the layer's number; None turns dropout off.
-        data: what differs from layer to layer besides parameters, a tuple with an entry a layer.
+        data: what differs from layer to layer besides parameters, a tuple with an entry a layer. What a program is
+            compiled for is `Static`; scanned layers then take turns, as many as there are until it comes again.
         remat: recompute the block in the backward pass instead of storing its activations; None does what the model
             is set to (`Model.remat`).
         name: scope of the taps inside, "layers" -> "layers.0.attn.weights".
@@ -609,19 +618,43 @@ def fold(
             caches.append(new)
         return x, tuple(caches) if jax.tree.leaves(caches) else None
 
-    depth = len(jax.tree.leaves(layers)[0])
+    depth, period, turns = len(jax.tree.leaves(layers)[0]), 1, (data,)
     if isinstance(data, tuple | list):
-        data = jax.tree.map(lambda *values: jnp.stack(values), *data)
+        period = _period([jax.tree.structure(one) for one in data])
+        turns = tuple(jax.tree.map(lambda *values: jnp.stack(values), *data[j::period]) for j in range(period))
+    layers, cache = (_in_turns(tree, period) for tree in (layers, cache))
     with tap.scope(name):
 
         def scanned(x: Any, item: tuple[Any, ...]) -> tuple[Any, Any]:
-            i, p, cache, data = item
-            layer_key = None if key is None else jax.random.fold_in(key, i)
-            with tap.loop(i, depth) as seen:
-                x, cache = run(p, x, cache, layer_key, data)
-            return x, (cache, seen)
+            i, layers, caches, data = item
+            out = []
+            for j, (p, cache) in enumerate(_turns((layers, caches), period)):
+                at = i * period + j
+                layer_key = None if key is None else jax.random.fold_in(key, at)
+                with tap.loop(at, depth) as seen:
+                    x, cache = run(p, x, cache, layer_key, data[j])
+                out.append((cache, seen))
+            return x, out[0] if period == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *out)
 
         body = jax.checkpoint(scanned) if remat else scanned
-        x, (new, seen) = jax.lax.scan(body, x, (jnp.arange(depth), layers, cache, data))
+        x, out = jax.lax.scan(body, x, (jnp.arange(depth // period), layers, cache, turns))
+        new, seen = out if period == 1 else jax.tree.map(lambda leaf: leaf.reshape(depth, *leaf.shape[2:]), out)
         tap.emit(seen, depth)
     return x, new if jax.tree.leaves(new) else None
+
+
+def _period(kinds: Sequence[Any]) -> int:
+    """After how many layers their kinds come again in the same order, which may be all of them."""
+    depth = len(kinds)
+    whole = (n for n in range(1, depth + 1) if depth % n == 0)
+    return next(n for n in whole if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+
+
+def _in_turns(tree: Tree, period: int) -> Tree:
+    """Stacked layers [L, ...] as [L / period, period, ...]."""
+    return tree if period == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, period, *leaf.shape[1:]), tree)
+
+
+def _turns(tree: Tree, period: int) -> list[Tree]:
+    """The layers of one round of `_in_turns`."""
+    return [tree] if period == 1 else [jax.tree.map(lambda leaf, j=j: leaf[j], tree) for j in range(period)]

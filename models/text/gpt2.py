@@ -147,6 +147,19 @@ def model_spec(c: GPT2Config) -> dict[str, Spec]:
     }
 
 
+def embeddings(
+    p: Any, input_ids: Any, token_type_ids: Any, position_ids: Any, vectors: Any, offset: Any, rate: float, key: Any
+) -> jax.Array:
+    """Vectors of words, positions and, if they are told, speakers, added: ids [B, T] -> [B, T, E]."""
+    with tap.scope("embed"):
+        x = embed.embed(p["embed"]["word"], input_ids) if vectors is None else vectors
+        positions = embed.positions(offset, x) if position_ids is None else position_ids
+        x = x + embed.embed(p["embed"]["position"], positions)
+        if token_type_ids is not None:  # speakers are words here
+            x = x + embed.embed(p["embed"]["word"], token_type_ids)
+        return tap.tap("out", dropout(x, rate, key))
+
+
 def decode(
     p: Any,
     c: GPT2Config,
@@ -164,13 +177,8 @@ def decode(
     embed.check_inputs(input_ids, inputs_embeds, c.n_positions)
     k_embed, k_layers = split(key, 2)
     mask, cross_mask = causal_mask(attention_mask, cache), from_attention_mask(encoder_attention_mask)
-    with tap.scope("embed"):
-        x = embed.embed(p["embed"]["word"], input_ids) if inputs_embeds is None else inputs_embeds
-        positions = embed.positions(mask.q_offset, x) if position_ids is None else position_ids
-        x = x + embed.embed(p["embed"]["position"], positions)
-        if token_type_ids is not None:  # speakers are words here
-            x = x + embed.embed(p["embed"]["word"], token_type_ids)
-        x = tap.tap("out", dropout(x, c.embd_pdrop, k_embed))
+    ids = input_ids, token_type_ids, position_ids, inputs_embeds
+    x = embeddings(p, *ids, mask.q_offset, c.embd_pdrop, k_embed)
 
     def run(p: Any, x: Any, cache: Any, key: Any, scale: Any) -> Any:
         return block(p, c, x, scale, mask, cross_mask, encoder_hidden_states, cache, key)

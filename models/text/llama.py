@@ -16,6 +16,8 @@ from formax.layers import decoder, heads, mlp, norm
 from formax.layers.attention import self_attention
 from formax.layers.decoder import RotaryDecoderConfig
 
+ROPE = FrozenDict(rope_type="default", rope_theta=10000.0)
+
 
 @config
 class LlamaConfig(RotaryDecoderConfig):
@@ -40,7 +42,7 @@ class LlamaConfig(RotaryDecoderConfig):
     eos_token_id: int | tuple[int, ...] | None = 2
     pretraining_tp: int = 1  # how often projections were cut in training; the sums are the same
     tie_word_embeddings: bool = False
-    rope_parameters: FrozenDict = FrozenDict(rope_type="default", rope_theta=10000.0)
+    rope_parameters: FrozenDict = ROPE
     attention_bias: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
@@ -91,7 +93,7 @@ def _flax_lacks(c: LlamaConfig) -> dict[str, bool]:
     return {
         "head_dim": c.head_size * c.num_attention_heads != c.hidden_size,
         "mlp_bias": c.mlp_bias,
-        "rope_parameters": c.rope_parameters != FrozenDict(rope_type="default", rope_theta=10000.0),
+        "rope_parameters": c.rope_parameters != ROPE,
         "tie_word_embeddings": c.tie_word_embeddings,
     }
 

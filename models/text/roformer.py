@@ -38,7 +38,7 @@ class RoFormerConfig(EncoderConfig):
 
 def _sines(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
     """The table of positions as it is stored: all sines, then all cosines."""
-    waves = embed.waves(key, shape, dtype)
+    waves = embed.paired_sinusoids(key, shape, dtype)
     return jnp.concatenate([waves[:, ::2], waves[:, 1::2]], axis=1)
 
 
@@ -65,7 +65,7 @@ def rotation(p: Any, c: RoFormerConfig, x: jax.Array, offset: Any) -> dict[str, 
     """What turns queries and keys, and values where the configuration says so."""
     angles = embed.embed(p["angles"], embed.positions(offset, x))[:, :, None]  # [B or 1, T, 1, D]
     sin, cos = jnp.split(angles, 2, axis=-1)
-    turn = partial(rope.rotate_pairs, cos=cos, sin=sin)
+    turn = partial(rope.rotate_neighbours, cos=cos, sin=sin)
     return {"rotate": turn, "rotate_values": turn if c.rotary_value else None}
 
 

@@ -118,6 +118,32 @@ def question_answering(prefix: str, sizes: dict[str, Any], inputs: Tensors) -> C
     return Case("question_answering", architecture, sizes, inputs | answers, outputs)
 
 
+def decoder_heads(
+    prefix: str, sizes: dict[str, Any], inputs: Tensors, *heads: str, words: str = "ForCausalLM"
+) -> tuple[Case, ...]:
+    """Returns the cases of a decoder alone: states, next words, and of `heads` those that there are, with their losses.
+
+    The classifier of texts looks for the padding token 0 among the ids, so `sizes` must name it.
+    """
+    made = {
+        "sequence_classification": Case(
+            "sequence_classification",
+            f"{prefix}ForSequenceClassification",
+            sizes | {"num_labels": 3},
+            inputs | {"labels": np.array([2, 0])},
+            ("loss", "logits"),
+        ),
+        "token_classification": token_classification(prefix, sizes, inputs),
+        "question_answering": question_answering(prefix, sizes, inputs),
+    }
+    next_words = inputs | {"labels": labels("causal_lm", VOCAB, inputs["attention_mask"])}
+    return (
+        Case("model", f"{prefix}Model", sizes, inputs, ("last_hidden_state",)),
+        Case("causal_lm", f"{prefix}{words}", sizes, next_words, ("loss", "logits")),
+        *(made[head] for head in heads),
+    )
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +244,7 @@ def labels_off_by_one(*cases: str, least: float = 1e-2) -> Bug:
     return Bug("labels off by one token", cases, change_input("labels", lambda y: np.roll(y, 1, -1)), least, ("loss",))
 
 
-def answers_cut_off(*cases: str) -> Bug:
+def answers_cut_off(*cases: str, least: float = 1e-2) -> Bug:
     """An answer that ends beyond the text ends at its last token."""
     plant = change_input("end_positions", lambda at: np.minimum(at, T - 1))
-    return Bug("answer beyond the text counted as its last token", cases, plant, outputs=("loss",))
+    return Bug("answer beyond the text counted as its last token", cases, plant, least, ("loss",))
