@@ -17,6 +17,7 @@ MODULES = {
     "clip_text_model": "formax.models.multimodal.clip:TEXT",
     "clip_vision_model": "formax.models.multimodal.clip:VISION",
     "detr": "formax.models.vision.detr",
+    "dinov2": "formax.models.vision.dinov2",
     "gpt2": "formax.models.text.gpt2",
     "llama": "formax.models.text.llama",
     "mamba": "formax.models.text.mamba",
