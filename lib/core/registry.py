@@ -22,6 +22,7 @@ MODULES = {
     "llama": "formax.models.text.llama",
     "mamba": "formax.models.text.mamba",
     "mixtral": "formax.models.text.mixtral",
+    "regnet": "formax.models.vision.regnet",
     "resnet": "formax.models.vision.resnet",
     "t5": "formax.models.text.t5",
     "vit": "formax.models.vision.vit",
