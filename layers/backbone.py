@@ -57,16 +57,18 @@ class PatchBackboneConfig(BackboneConfig):
         return ("stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers)))
 
 
-def all_states(block: Callable[..., jax.Array], layers: Any, x: jax.Array, *, key: Any = None) -> list[jax.Array]:
+def all_states(
+    block: Callable[..., jax.Array], layers: Any, x: jax.Array, *, key: Any = None, data: Any = None
+) -> list[jax.Array]:
     """What goes into each of the `layers`, and what comes out of the last: L + 1 arrays of the shape of `x`.
 
-    `block(p, x, key) -> x` is one layer.
+    `block(p, x, key) -> x` is one layer; `block(p, x, key, data)` when there is `data`, an entry a layer.
     """
 
-    def run(p: Any, x: jax.Array, cache: Any, key: Any) -> tuple[jax.Array, jax.Array]:
-        return block(p, x, key), x
+    def run(p: Any, x: jax.Array, cache: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        return block(p, x, *rest), x
 
-    last, before = fold(run, layers, x, key=key)
+    last, before = fold(run, layers, x, key=key, data=data)
     return [*(() if before is None else before), last]
 
 

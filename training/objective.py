@@ -92,6 +92,21 @@ def _pixels(out: Any, c: Any, batch: Batch) -> jax.Array:
     return losses.masked_pixels(out.reconstruction, batch["pixel_values"], batch["bool_masked_pos"], c.patch_size)
 
 
+def _masked_patches(out: Any, c: Any, batch: Batch) -> jax.Array:
+    """`labels` are those of all hidden patches, one image after the other."""
+    labels = batch["labels"].reshape(-1)
+    hidden = jnp.flatnonzero(batch["bool_masked_pos"], size=labels.size)
+    return losses.cross_entropy(out.logits.reshape(-1, out.logits.shape[-1])[hidden], labels)
+
+
+def _places(out: Any, c: Any, batch: Batch) -> jax.Array:
+    labels, ignored = batch["labels"], c.semantic_loss_ignore_index
+    found = losses.semantic(out.logits, labels, ignored=ignored)
+    if out.auxiliary_logits is None:
+        return found
+    return found + c.auxiliary_loss_weight * losses.semantic(out.auxiliary_logits, labels, ignored=ignored)
+
+
 def _pairs(out: Any, c: Any, batch: Batch) -> jax.Array:
     return losses.contrastive(out.logits_per_text)
 
@@ -119,6 +134,7 @@ BY_TASK: dict[str, Objective] = {
     "ForObjectDetection": _objects,
     "ForQuestionAnswering": _span,
     "ForSeq2SeqLM": _classes,
+    "ForSemanticSegmentation": _places,
     "ForSequenceClassification": _labels,
     "ForSpeechSeq2Seq": _classes,
     "ForTokenClassification": _classes,
@@ -127,6 +143,7 @@ BY_NAME: dict[str, Objective] = {
     "BertForPreTraining": _words_and_pair,
     # Their labels are not shifted: they are what the decoder should write, beside what it reads.
     "BartForCausalLM": _classes,
+    "BeitForMaskedImageModeling": _masked_patches,
     "WhisperForCausalLM": _classes,
     "CLIPModel": _pairs,
     "Wav2Vec2ForPreTraining": speech.pretraining_objective,

@@ -12,6 +12,7 @@ from formax.core.family import Family
 
 MODULES = {
     "bart": "formax.models.text.bart",
+    "beit": "formax.models.vision.beit",
     "bert": "formax.models.text.bert",
     "clip": "formax.models.multimodal.clip",
     "clip_text_model": "formax.models.multimodal.clip:TEXT",
@@ -33,6 +34,7 @@ MODULES = {
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.
 ALIASES = {
     "bert-japanese": "bert",
+    "dit": "beit",
     "herbert": "bert",
 }
 

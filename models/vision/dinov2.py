@@ -17,7 +17,7 @@ from formax.core.config import check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
 from formax.core.rng import split
-from formax.core.spec import At, Param, Spec, constant, fold, normal, stack_of
+from formax.core.spec import At, Param, Spec, constant, normal, stack_of
 from formax.layers import heads, mlp, norm
 from formax.layers.activations import check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
@@ -116,25 +116,20 @@ def model_spec(c: Dinov2Config) -> dict[str, Spec]:
     }
 
 
-def embeddings(p: Any, c: Dinov2Config, pixel_values: Any, hidden: Any, key: Any) -> jax.Array:
-    """Class token and patches with their positions: [B, C, height, width] -> [B, 1 + N, E]."""
+def states(p: Any, c: Dinov2Config, pixel_values: Any, hidden: Any, key: Any) -> list[jax.Array]:
+    """What goes into each layer and what comes out of the last, not normalised: [B, 1 + N, E] times L + 1."""
+    k_embed, k_layers = split(key, 2)
     with tap.scope("embed"):
         x = embed_image(p["embed"], c, pixel_values, stretch=True, hidden=hidden)
-        return tap.tap("out", dropout(x, c.hidden_dropout_prob, key))
+        x = tap.tap("out", dropout(x, c.hidden_dropout_prob, k_embed))
+    return all_states(lambda p, x, key: block(p, c, x, key), p.get("layers", ()), x, key=k_layers)
 
 
 def encode(
     p: Any, c: Dinov2Config, pixel_values: Any = None, bool_masked_pos: Any = None, key: Any = None
 ) -> jax.Array:
     """States of the class token and of the patches, row by row: [B, C, height, width] -> [B, 1 + N, E]."""
-    k_embed, k_layers = split(key, 2)
-
-    def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        return block(p, c, x, key), cache
-
-    x = embeddings(p, c, pixel_values, bool_masked_pos, k_embed)
-    x, _ = fold(run, p.get("layers", ()), x, key=k_layers)
-    return norm.layer(p["norm"], x, c.layer_norm_eps)
+    return norm.layer(p["norm"], states(p, c, pixel_values, bool_masked_pos, key)[-1], c.layer_norm_eps)
 
 
 def model(p: Any, c: Dinov2Config, pixel_values: Any = None, **inputs: Any) -> BaseModelOutput:
@@ -158,10 +153,8 @@ def image_classification(p: Any, c: Dinov2Config, pixel_values: Any = None, key:
 
 def backbone(p: Any, c: Dinov2Config, pixel_values: Any = None, key: Any = None) -> BackboneOutput:
     """The states that `out_features` or `out_indices` ask for, as maps [B, E, H, W] (or as they are: [B, 1 + N, E])."""
-    k_embed, k_layers = split(key, 2)
-    x = embeddings(p, c, pixel_values, None, k_embed)
-    states = all_states(lambda p, x, key: block(p, c, x, key), p.get("layers", ()), x, key=k_layers)
-    found = [states[i] for i in c.features]
+    every = states(p, c, pixel_values, None, key)
+    found = [every[i] for i in c.features]
     if c.apply_layernorm:
         found = [norm.layer(p["norm"], x, c.layer_norm_eps) for x in found]
     if c.reshape_hidden_states:
