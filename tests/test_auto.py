@@ -304,9 +304,11 @@ def test_aliases(tmp_path: Path, name: str) -> None:
     assert formax.from_pretrained(tmp_path / "saved").architecture.name == "BertModel"
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")]
-)
+def test_an_alias_of_images() -> None:
+    assert formax.AutoConfig.for_model("dit", hidden_size=24, num_attention_heads=3).model_type == "beit"
+
+
+@pytest.mark.parametrize(("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, be")])
 def test_a_model_type_that_nobody_knows(tmp_path: Path, name: str, hint: str) -> None:
     written(tmp_path, model_type=name)
     for opens in (
