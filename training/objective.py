@@ -141,6 +141,7 @@ BY_TASK: dict[str, Objective] = {
 }
 BY_NAME: dict[str, Objective] = {
     "BertForPreTraining": _words_and_pair,
+    "BigBirdForPreTraining": _words_and_pair,
     # Their labels are not shifted: they are what the decoder should write, beside what it reads.
     "BartForCausalLM": _classes,
     "BeitForMaskedImageModeling": _masked_patches,

@@ -14,6 +14,7 @@ MODULES = {
     "bart": "formax.models.text.bart",
     "beit": "formax.models.vision.beit",
     "bert": "formax.models.text.bert",
+    "big_bird": "formax.models.text.big_bird",
     "clip": "formax.models.multimodal.clip",
     "clip_text_model": "formax.models.multimodal.clip:TEXT",
     "clip_vision_model": "formax.models.multimodal.clip:VISION",

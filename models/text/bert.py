@@ -64,11 +64,11 @@ class BertConfig(Config):
         return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
 
-def block_spec(c: BertConfig, layer: int) -> dict[str, Spec]:
-    """One layer."""
+def block_spec(c: BertConfig, layer: int, *, bias: bool | str = True) -> dict[str, Spec]:
+    """One layer; `bias` says which projections of attention have one."""
     init = normal(c.initializer_range)
     names = ("self.query", "self.key", "self.value", "output.dense")
-    attn = partial(attention_spec, c.hidden_size, head_dim=c.head_dim, names=names, init=init)
+    attn = partial(attention_spec, c.hidden_size, head_dim=c.head_dim, names=names, init=init, bias=bias)
     own = attn(c.heads_of(layer))
     if c.position_embedding_type != "absolute":
         own["distance"] = relative_key_spec("self.distance_embedding", c.max_position_embeddings, c.head_dim, init)
@@ -108,18 +108,23 @@ def block(p: Any, c: BertConfig, x: Any, mask: Any, cross_mask: Any, memory: Any
     return x, {"attn": attn, "cross": cross}
 
 
-def encoder_spec(c: BertConfig) -> dict[str, Spec]:
-    """Embeddings and layers."""
+def embeddings_spec(c: BertConfig) -> Spec:
+    """Tables of words, positions and segments, and their norm."""
     table = partial(embed.embedding_spec, size=c.hidden_size, init=normal(c.initializer_range))
-    embeddings = {
+    parts = {
         "word": table("word_embeddings", c.vocab_size, tf="weight"),
         "position": table("position_embeddings", c.max_position_embeddings, axes=(None, "embed")),
         "token_type": table("token_type_embeddings", c.type_vocab_size, axes=(None, "embed")),
         "norm": norm.layer_spec("LayerNorm", c.hidden_size),
         "position_ids": Ignored("position_ids"),
     }
+    return At("embeddings", parts)
+
+
+def encoder_spec(c: BertConfig) -> dict[str, Spec]:
+    """Embeddings and layers."""
     layers = [block_spec(c, i) for i in range(c.num_hidden_layers)]
-    return {"embed": At("embeddings", embeddings), "layers": stack_of("encoder.layer", layers)}
+    return {"embed": embeddings_spec(c), "layers": stack_of("encoder.layer", layers)}
 
 
 def model_spec(c: BertConfig) -> dict[str, Spec]:
