@@ -39,6 +39,9 @@ def drawn_blocks(length: int, block: int, count: int, heads: int, seed: int, lim
 
     Returns:
         Numbers of blocks [heads, n - 2, count].
+
+    Raises:
+        ValueError: there are not so many to draw of.
     """
     random = np.random.RandomState(seed)
     draw = _drawn_of_old if length in OLD_LENGTHS else _drawn_early
@@ -73,6 +76,8 @@ def _drawn_of_old(random: np.random.RandomState, n: int, block: int, count: int,
                 free = middle[: min(i - 2, last)]
             else:
                 free = np.concatenate([middle[: i - 2], middle[i + 1 : last]])
+            if len(free) < count:
+                raise ValueError(f"{count} blocks of {block} tokens cannot be drawn of {len(free)}; make them smaller")
             drawn[h, i - 1] = random.permutation(free)[:count]
     return drawn[:, : n - 2]
 
