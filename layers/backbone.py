@@ -1,8 +1,14 @@
-"""What backbones have in common: which of their maps they give."""
+"""What backbones have in common: which of their maps they give, and how encoders of patches make theirs of states."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
 from formax.core.config import Config, ConfigError, config
+from formax.core.spec import fold
 
 
 @config
@@ -38,3 +44,34 @@ class BackboneConfig(Config):
         if unknown := set(self.out_features) - set(self.stages):
             raise ConfigError(f"out_features has {min(unknown)!r}; there are {', '.join(self.stages)}")
         return tuple(self.stages.index(name) for name in self.out_features)
+
+
+@config
+class PatchBackboneConfig(BackboneConfig):
+    """A backbone whose stages are the layers of an encoder of patches; the stem is what goes into the first."""
+
+    num_hidden_layers: int = 12
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers)))
+
+
+def all_states(
+    block: Callable[..., jax.Array], layers: Any, x: jax.Array, *, key: Any = None, data: Any = None
+) -> list[jax.Array]:
+    """What goes into each of the `layers`, and what comes out of the last: L + 1 arrays of the shape of `x`.
+
+    `block(p, x, key) -> x` is one layer; `block(p, x, key, data)` when there is `data`, an entry a layer.
+    """
+
+    def run(p: Any, x: jax.Array, cache: Any, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        return block(p, x, *rest), x
+
+    last, before = fold(run, layers, x, key=key, data=data)
+    return [*(() if before is None else before), last]
+
+
+def as_map(x: jax.Array, grid: tuple[int, int], *, first: int = 1) -> jax.Array:
+    """States of `first` tokens and of the patches of a `grid` -> a map of these: [B, 1 + N, E] -> [B, E, H, W]."""
+    return x[:, first:].swapaxes(1, 2).reshape(len(x), x.shape[-1], *grid)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from formax.core.layout import CONV_1D, CONV_2D, CONV_3D, Patch
+from formax.core.layout import CONV_1D, CONV_2D, CONV_3D, Patch, Permute
 from formax.core.spec import At, Initializer, Param, Spec, zeros
 from formax.layers.linear import linear
 
@@ -74,6 +74,32 @@ def conv(
         feature_group_count=groups,
     )
     return y + p["bias"].astype(x.dtype) if "bias" in p else y
+
+
+def conv_transpose_spec(name: str, d_in: int, d_out: int, window: Sequence[int], *, init: Initializer) -> At:
+    """Of a transposed convolution: `kernel` (*window, d_in, d_out), stored as (d_in, d_out, *window), and `bias`."""
+    rank = len(window)
+    stored = Permute((*range(2, 2 + rank), 0, 1))
+    kernel = Param((*window, d_in, d_out), (*[None] * rank, "conv_in", "conv_out"), "weight", init, stored)
+    return At(name, {"kernel": kernel, "bias": Param((d_out,), ("conv_out",), "bias", zeros)})
+
+
+def conv_transpose(p: dict[str, Any], x: jax.Array, *, stride: int) -> jax.Array:
+    """Every place paints a window, `stride` places from the next: [B, *spatial, d_in] -> [B, *spatial', d_out].
+
+    The transpose of a convolution without padding: spatial' = (spatial - 1) * stride + window.
+    """
+    rank, kernel = x.ndim - 2, p["kernel"].astype(x.dtype)
+    letters = SPATIAL[rank]
+    y = jax.lax.conv_general_dilated(
+        x,
+        jnp.flip(kernel, range(rank)),
+        [1] * rank,
+        [(size - 1, size - 1) for size in kernel.shape[:rank]],
+        lhs_dilation=[stride] * rank,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    )
+    return y + p["bias"].astype(x.dtype)
 
 
 def max_pool(x: jax.Array, window: int, *, stride: int, padding: int = 0) -> jax.Array:

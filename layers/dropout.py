@@ -24,3 +24,14 @@ def layer_drop(before: jax.Array, x: jax.Array, rate: float, key: jax.Array | No
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, rate), before, x)
+
+
+def drop_path(x: jax.Array, rate: float | jax.Array, key: jax.Array | None) -> jax.Array:
+    """What a part of a layer adds, left out of whole rows with probability `rate`; others times 1 / (1 - rate).
+
+    Stochastic depth (Huang et al. 2016, arXiv:1603.09382): [B, ...] -> [B, ...]; `x` itself when `key` is None.
+    """
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, (len(x), *[1] * (x.ndim - 1)))
+    return jnp.where(keep, x / jnp.where(rate == 1.0, 1.0, 1.0 - rate), 0).astype(x.dtype)

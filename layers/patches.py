@@ -8,8 +8,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from formax.layers.conv import embed_patches
+from formax.core.layout import Reshape
+from formax.core.spec import Initializer, Param, Spec, normal, zeros
+from formax.layers.conv import embed_patches, patch_spec
 from formax.layers.resize import check_pixels, grid_of, pair, stretch_positions
+
+
+def image_spec(c: Any, *, init: Initializer, positions: bool = True, mask: tuple[int, ...] = ()) -> dict[str, Spec]:
+    """What `embed_image` reads, named as ViT's: patches, a class token, a position for each, the vector of hidden ones.
+
+    Args:
+        c: a configuration with `hidden_size`, `initializer_range`, `num_channels`, `image_size` and `patch_size`.
+        init: of the class token and the positions.
+        positions: whether positions have a table.
+        mask: the shape that the hidden patches' vector is stored as; none for models without.
+    """
+    rows, columns = grid_of(c.image_size, c.patch_size)
+    size, count, patch = c.hidden_size, 1 + rows * columns, pair(c.patch_size)
+    spec: dict[str, Spec] = {
+        "patch": patch_spec(
+            "patch_embeddings.projection", c.num_channels, size, patch, init=normal(c.initializer_range)
+        ),
+        "cls": {"embedding": Param((size,), ("embed",), "cls_token", init, Reshape((1, 1, size)))},
+    }
+    if positions:
+        table = Param((count, size), (None, "embed"), "position_embeddings", init, Reshape((1, count, size)))
+        spec["position"] = {"embedding": table}
+    if mask:
+        spec["mask"] = {"embedding": Param((size,), ("embed",), "mask_token", zeros, Reshape(mask))}
+    return spec
 
 
 def tokens_first(tokens: Sequence[Any], x: jax.Array) -> jax.Array:
@@ -24,8 +51,8 @@ def embed_image(
     """Tokens and patches, row by row, with their positions: [B, C, height, width] -> [B, tokens + N, E].
 
     Args:
-        p: `patch` (of `conv.patch_spec`), the table `position` of tokens + N rows, the tokens' vectors, and in models
-            that hide patches the vector `mask`.
+        p: `patch` (of `conv.patch_spec`), the tokens' vectors, the table `position` of tokens + N rows (if positions
+            are told here), and in models that hide patches the vector `mask`.
         c: a configuration with `num_channels`, `image_size` and `patch_size`.
         pixels: the images.
         stretch: whether the positions are to be stretched to images of another size.
@@ -45,6 +72,9 @@ def embed_image(
     x = embed_patches(p["patch"], pixels.astype(p["patch"]["kernel"].dtype), pair(c.patch_size))
     if hidden is not None:
         x = jnp.where(hidden[..., None] != 0, p["mask"]["embedding"].astype(x.dtype), x)
+    x = tokens_first([p[name] for name in first], x)
+    if "position" not in p:
+        return x
     own = grid_of(c.image_size, c.patch_size)
     table = stretch_positions(p["position"]["embedding"], own, grid, first=len(first))
-    return tokens_first([p[name] for name in first], x) + table.astype(x.dtype)
+    return x + table.astype(x.dtype)

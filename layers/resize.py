@@ -33,12 +33,50 @@ def cubic_matrix(size: int, new: int) -> np.ndarray:
     return matrix
 
 
-def bicubic(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Cubic interpolation in both directions, [..., H, W, E] -> [..., height, width, E]; computed in float32."""
-    rows = jnp.asarray(cubic_matrix(x.shape[-3], height), jnp.float32)
-    columns = jnp.asarray(cubic_matrix(x.shape[-2], width), jnp.float32)
-    y = jnp.einsum("yh,xw,...hwe->...yxe", rows, columns, x.astype(jnp.float32), precision="highest")
+@lru_cache(maxsize=64)
+def linear_matrix(size: int, new: int) -> np.ndarray:
+    """The matrix [new, size] of linear interpolation between middles of pixels, otherwise as `cubic_matrix`."""
+    at = np.maximum((np.arange(new) + 0.5) * (size / new) - 0.5, 0)
+    left = np.minimum(at.astype(int), size - 1)
+    matrix, rows = np.zeros((new, size)), np.arange(new)
+    np.add.at(matrix, (rows, left), 1 - (at - left))
+    np.add.at(matrix, (rows, np.minimum(left + 1, size - 1)), at - left)
+    return matrix
+
+
+@lru_cache(maxsize=64)
+def mean_matrix(size: int, new: int) -> np.ndarray:
+    """The matrix [new, size] of means over `new` runs of pixels that cover all: a pixel that two share is in both."""
+    matrix = np.zeros((new, size))
+    for i in range(new):
+        start, stop = i * size // new, -(-(i + 1) * size // new)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+def resized(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+    """Matrices [height, H] and [width, W] over both directions, [..., H, W, E] -> [..., height, width, E].
+
+    Computed in float32.
+    """
+    both = jnp.asarray(rows, jnp.float32), jnp.asarray(columns, jnp.float32)
+    y = jnp.einsum("yh,xw,...hwe->...yxe", *both, x.astype(jnp.float32), precision="highest")
     return y.astype(x.dtype)
+
+
+def bicubic(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Cubic interpolation in both directions, [..., H, W, E] -> [..., height, width, E]."""
+    return resized(x, cubic_matrix(x.shape[-3], height), cubic_matrix(x.shape[-2], width))
+
+
+def bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Linear interpolation in both directions, [..., H, W, E] -> [..., height, width, E]."""
+    return resized(x, linear_matrix(x.shape[-3], height), linear_matrix(x.shape[-2], width))
+
+
+def pooled(x: jax.Array, height: int, width: int) -> jax.Array:
+    """Means over height x width parts of a map (adaptive pooling), [..., H, W, E] -> [..., height, width, E]."""
+    return resized(x, mean_matrix(x.shape[-3], height), mean_matrix(x.shape[-2], width))
 
 
 def stretch_positions(table: jax.Array, grid: tuple[int, int], new: tuple[int, int], *, first: int = 1) -> jax.Array:

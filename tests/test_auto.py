@@ -305,7 +305,8 @@ def test_aliases(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "family"), [("bort", "bert"), ("bertweet", "roberta"), ("phobert", "roberta"), ("xlm_v", "xlm-roberta")]
+    ("name", "family"),
+    [("bort", "bert"), ("bertweet", "roberta"), ("phobert", "roberta"), ("xlm_v", "xlm-roberta"), ("dit", "beit")],
 )
 def test_aliases_of_other_families(name: str, family: str) -> None:
     assert registry.family(name).model_type == family

@@ -13,7 +13,8 @@ from formax.core import spec as specs
 from formax.core.tap import watch
 from formax.layers import embed, linear, mlp, norm, rope
 from formax.layers.activations import ACTIVATIONS, activation
-from formax.layers.dropout import dropout
+from formax.layers.conv import conv, conv_transpose, conv_transpose_spec
+from formax.layers.dropout import drop_path, dropout
 
 Formula = Callable[[float], float]
 POINTS = np.concatenate([np.linspace(-6, 6, 49), [-25.0, -0.01, 0.0, 0.01, 25.0]]).astype(np.float32)
@@ -151,6 +152,35 @@ def test_dropout_keeps_the_dtype_and_its_limit_is_zero() -> None:
     assert dropout(x, 0.3, jax.random.key(0)).dtype == jnp.bfloat16
     assert not np.any(dropout(x, 1.0, jax.random.key(0)))
     assert not np.any(jax.grad(lambda x: dropout(x, 1.0, jax.random.key(0)).sum())(jnp.ones(3)))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, jnp.float32(0.4), 1.0])
+def test_paths_are_dropped_by_whole_rows(rate: Any) -> None:
+    x = jnp.full((20_000, 2, 3), 3.0, jnp.bfloat16)
+    assert drop_path(x, rate, None) is x
+    y = np.asarray(drop_path(x, rate, jax.random.key(0)), np.float32)
+    zeros = (y == 0).all((1, 2))
+    assert drop_path(x, rate, jax.random.key(0)).dtype == x.dtype
+    assert abs(zeros.mean() - rate) < 5 * math.sqrt(0.25 / len(y))
+    np.testing.assert_allclose(y[~zeros], 3 / (1 - min(rate, 0.99)), rtol=1e-2)
+
+
+# --- convolutions
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_a_transposed_convolution_is_the_transpose(stride: int) -> None:
+    spec = conv_transpose_spec("up", 3, 4, (2, 3), init=specs.normal(1.0))
+    p = specs.init(spec, jax.random.key(0))
+    assert specs.table(spec).stored()["up.weight"][0].stored_shape == (3, 4, 2, 3)
+    x = jnp.asarray(draw(2, 5, 7, 3))
+    y = conv_transpose(p, x, stride=stride)
+    assert y.shape == (2, 4 * stride + 2, 6 * stride + 3, 4)
+    back = {"kernel": p["kernel"].swapaxes(2, 3)}
+    _, transpose = jax.vjp(lambda y: conv(back, y, stride=stride), y)
+    np.testing.assert_allclose(y, transpose(x)[0], rtol=1e-4, atol=1e-4)
+    shifted = conv_transpose(p | {"bias": jnp.arange(4.0)}, x, stride=stride)
+    np.testing.assert_allclose(shifted - y, np.broadcast_to(np.arange(4.0), y.shape), atol=1e-4)
 
 
 # --- look-up tables

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from formax.core import registry, tap
 from formax.core import spec as specs
 from formax.core.config import ConfigError, check_multiple, config
 from formax.core.outputs import Seq2SeqOutput
@@ -355,6 +356,29 @@ def test_maps_that_a_backbone_does_not_have(given: dict[str, Any], message: str)
 
 
 # ---- encoder-decoders
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("BeitForSemanticSegmentation", {"out_indices": (1, 2, 3, 4), "auxiliary_concat_input": True}),
+        ("RegNetForImageClassification", {"depths": (2, 1), "hidden_sizes": (8, 12), "groups_width": 4}),
+    ],
+)
+def test_places_of_running_statistics_are_those_of_the_buffers(name: str, fields: dict[str, Any]) -> None:
+    """So a training step finds them."""
+    family = registry.family("beit" if name.startswith("Beit") else "regnet")
+    architecture, c = family.find(name), family.config(**fields)
+    assert architecture is not None
+    spec, seen = architecture.spec(c), {}
+
+    def run(p: Any, pixels: Any) -> None:
+        with tap.watch(("**.mean", "**.var", "**.count")) as found:
+            architecture.apply(p, c, pixels, key=KEY)
+        seen.update(found.seen)
+
+    jax.eval_shape(run, specs.abstract(spec), jax.ShapeDtypeStruct((2, 3, 224, 224), jnp.float32))
+    assert seen.keys() == {entry.key for entry in specs.table(spec).entries if entry.param.buffer}
 
 
 def test_states_at_the_last_end_of_text() -> None:

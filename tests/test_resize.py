@@ -1,13 +1,17 @@
-"""Stretching as PyTorch does it: `torch.nn.functional.interpolate(x, size, mode="bicubic")` of torch 2.13.0."""
+"""Resizing as PyTorch does it: `interpolate(x, size, mode="bicubic")`, "bilinear", `adaptive_avg_pool2d(x, size)`.
+
+All of `torch.nn.functional`, of torch 2.13.0.
+"""
 
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from formax.layers.resize import bicubic, check_pixels, cubic_matrix, grid_of, pair, stretch_positions
+from formax.layers.resize import bicubic, bilinear, check_pixels, cubic_matrix, grid_of, pair, pooled, stretch_positions
 
 # a map of 3 x 5 that is the same in no two places, and in no direction a straight line
 MAP = jnp.arange(1, 16, dtype=jnp.float32).reshape(3, 5, 1) ** 1.5
@@ -34,6 +38,30 @@ TORCH = {
 def test_bicubic_is_torchs(size: tuple[int, int]) -> None:
     found = jax.jit(bicubic, static_argnums=(1, 2))(MAP, *size)
     np.testing.assert_allclose(found[..., 0], TORCH[size], rtol=1e-5, atol=1e-5)
+
+
+LINEAR = {
+    (4, 7): [
+        [1.0, 2.044816, 3.50492, 5.196152, 7.198901, 9.363003, 11.18034],
+        [9.560587, 11.317864, 13.622929, 16.090693, 18.79377, 21.624369, 23.956863],
+        [22.866665, 25.322065, 28.465214, 31.719198, 35.147411, 38.674873, 41.549767],
+        [36.482872, 39.389355, 43.084347, 46.872166, 50.808617, 54.831009, 58.094749],
+    ],
+    (2, 3): [[5.199951, 9.553968, 15.110632], [32.626583, 40.810978, 49.663639]],
+}
+POOLED = {
+    (2, 3): [[9.261406, 14.028709, 19.450779], [27.817322, 34.828709, 42.275185]],
+    (4, 2): [[3.008193, 8.125497], [10.811532, 17.604446], [30.128143, 39.76672], [41.641418, 52.450043]],
+}
+
+
+@pytest.mark.parametrize(
+    ("resize", "size", "expected"),
+    [(bilinear, size, values) for size, values in LINEAR.items()]
+    + [(pooled, size, values) for size, values in POOLED.items()],
+)
+def test_bilinear_and_adaptive_pooling_are_torchs(resize: Any, size: tuple[int, int], expected: Any) -> None:
+    np.testing.assert_allclose(resize(MAP, *size)[..., 0], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_leading_and_last_axes_are_carried_along() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from formax.layers.resize import bilinear
+
 IGNORED = -100
 
 
@@ -106,6 +108,18 @@ def masked_pixels(
     hidden = hidden.repeat(rows, 1).repeat(columns, 2)[:, None].astype(jnp.float32)
     far = jnp.abs(pixels.astype(jnp.float32) - reconstruction.astype(jnp.float32))
     return (far * hidden).sum() / (hidden.sum() + 1e-5) / channels
+
+
+def semantic(logits: jax.Array, labels: jax.Array, *, ignored: int) -> jax.Array:
+    """`cross_entropy` of every pixel's class, for which the logits are stretched to the size of the labels.
+
+    Args:
+        logits: [B, classes, height, width], usually of a smaller size.
+        labels: [B, height', width'].
+        ignored: the label of pixels that do not count.
+    """
+    stretched = bilinear(jnp.moveaxis(logits.astype(jnp.float32), 1, -1), *labels.shape[1:])
+    return cross_entropy(stretched, labels, ignored=ignored)
 
 
 def contrastive(logits: jax.Array) -> jax.Array:

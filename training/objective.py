@@ -104,6 +104,21 @@ def _pixels(out: Any, c: Any, batch: Batch) -> jax.Array:
     return losses.masked_pixels(out.reconstruction, batch["pixel_values"], batch["bool_masked_pos"], c.patch_size)
 
 
+def _masked_patches(out: Any, c: Any, batch: Batch) -> jax.Array:
+    """`labels` are those of all hidden patches, one image after the other."""
+    labels = batch["labels"].reshape(-1)
+    hidden = jnp.flatnonzero(batch["bool_masked_pos"], size=labels.size)
+    return losses.cross_entropy(out.logits.reshape(-1, out.logits.shape[-1])[hidden], labels)
+
+
+def _places(out: Any, c: Any, batch: Batch) -> jax.Array:
+    labels, ignored = batch["labels"], c.semantic_loss_ignore_index
+    found = losses.semantic(out.logits, labels, ignored=ignored)
+    if out.auxiliary_logits is None:
+        return found
+    return found + c.auxiliary_loss_weight * losses.semantic(out.auxiliary_logits, labels, ignored=ignored)
+
+
 def _pairs(out: Any, c: Any, batch: Batch) -> jax.Array:
     return losses.contrastive(out.logits_per_text)
 
@@ -131,6 +146,7 @@ BY_TASK: dict[str, Objective] = {
     "ForObjectDetection": _objects,
     "ForQuestionAnswering": _span,
     "ForSeq2SeqLM": _classes,
+    "ForSemanticSegmentation": _places,
     "ForSequenceClassification": _labels,
     "ForSpeechSeq2Seq": _classes,
     "ForTokenClassification": _classes,
@@ -139,9 +155,11 @@ BY_TASK: dict[str, Objective] = {
 BY_NAME: dict[str, Objective] = {
     "AlbertForPreTraining": _words_and_order,
     "BertForPreTraining": _words_and_pair,
+    "BigBirdForPreTraining": _words_and_pair,
     "ElectraForPreTraining": _replaced,
     # Their labels are not shifted: they are what the decoder should write, beside what it reads.
     "BartForCausalLM": _classes,
+    "BeitForMaskedImageModeling": _masked_patches,
     "WhisperForCausalLM": _classes,
     "CLIPModel": _pairs,
     "VisionTextDualEncoderModel": _pairs,

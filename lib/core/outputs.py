@@ -144,6 +144,16 @@ class MaskedImageModelingOutput(Output):
 
 
 @output
+class SemanticSegmentationOutput(Output):
+    """`logits` [B, labels, height, width] of every place; `auxiliary_logits` of a head that only training needs."""
+
+    logits: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    auxiliary_logits: Array | None = None
+
+
+@output
 class TextEmbedsOutput(Output):
     """`text_embeds` [B, D] in the space of both towers, not normalised, and `last_hidden_state` [B, T, E]."""
 

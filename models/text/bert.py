@@ -76,11 +76,11 @@ class BertConfig(EncoderConfig):
     classifier_dropout: float | None = None
 
 
-def block_spec(c: Any, layer: int) -> dict[str, Spec]:
-    """One layer."""
+def block_spec(c: Any, layer: int, *, bias: bool | str = True) -> dict[str, Spec]:
+    """One layer; `bias` says which projections of attention have one."""
     init = normal(c.initializer_range)
     names = ("self.query", "self.key", "self.value", "output.dense")
-    attn = partial(attention_spec, c.hidden_size, head_dim=c.head_dim, names=names, init=init)
+    attn = partial(attention_spec, c.hidden_size, head_dim=c.head_dim, names=names, init=init, bias=bias)
     own = attn(c.heads_of(layer))
     if getattr(c, "position_embedding_type", "absolute") != "absolute":
         own["distance"] = relative_key_spec("self.distance_embedding", c.max_position_embeddings, c.head_dim, init)

@@ -6,6 +6,7 @@ Maps are channels-last inside, and [B, C, H, W] where they go in and come out. W
 statistics and hand out the new running ones (`formax.layers.norm.batch`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -15,11 +16,12 @@ from formax.core import tap
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
-from formax.core.spec import At, Spec, scaled, under
+from formax.core.spec import At, Spec, scaled
 from formax.layers import norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.backbone import BackboneConfig
 from formax.layers.conv import channels_first, channels_last, conv, conv_spec, max_pool
+from formax.layers.heads import with_heads
 from formax.layers.linear import linear, linear_spec
 
 HE = scaled(2.0, "out")
@@ -71,9 +73,10 @@ def part_spec(names: tuple[str, str], d_in: int, d_out: int, window: int, norm_s
 
 
 def part(p: Any, x: jax.Array, stride: int, dilation: int, key: Any, name: str) -> jax.Array:
-    """Convolution and norm, [B, H, W, C] -> [B, H / stride, W / stride, C']."""
-    padding = p["conv"]["kernel"].shape[0] // 2 * dilation
-    x = conv(p["conv"], x, stride=stride, padding=padding, dilation=dilation)
+    """Convolution, in the groups that its kernel is for, and norm, [B, H, W, C] -> [B, H / stride, W / stride, C']."""
+    window, _, channels, _ = p["conv"]["kernel"].shape
+    padding, groups = window // 2 * dilation, x.shape[-1] // channels
+    x = conv(p["conv"], x, stride=stride, padding=padding, dilation=dilation, groups=groups)
     with tap.scope(name):
         return norm.batch(p["norm"], x, key=key)
 
@@ -133,19 +136,19 @@ def features(p: Any, c: ResNetConfig, x: jax.Array, *, shrink: int | None = None
     """
     x = activation(c.hidden_act)(part(p["stem"], x, 2, 1, key, "stem"))
     x = max_pool(x, 3, stride=2, padding=1)
-    maps, reached, wide = [_seen("stem.out", x)], 4, 1
+    maps, reached, wide = [shown("stem.out", x)], 4, 1
     for stage, (layers, stride) in enumerate(zip(p["stages"], strides(c), strict=True)):
         before, keeps = wide, shrink is not None and reached >= shrink
         wide, reached, stride = (wide * stride, reached, 1) if keeps else (wide, reached * stride, stride)
         x = maps[-1]
         for i, q in enumerate(layers):
             with tap.scope("stages"), tap.scope(str(stage)), tap.scope(str(i)):
-                x = _seen("out", layer(q, c, x, 1 if i else stride, (wide if i else before, wide), key))
-        maps.append(_seen(f"stages.{stage}.out", x))
+                x = shown("out", layer(q, c, x, 1 if i else stride, (wide if i else before, wide), key))
+        maps.append(shown(f"stages.{stage}.out", x))
     return maps
 
 
-def _seen(place: str, x: jax.Array) -> jax.Array:
+def shown(place: str, x: jax.Array) -> jax.Array:
     """A place that shows maps as the reference does, [B, C, H, W]."""
     return channels_last(tap.tap(place, channels_first(x)))
 
@@ -162,22 +165,29 @@ def to_maps(p: Any, c: Any, pixel_values: Any) -> jax.Array:
     return channels_last(pixel_values).astype(p["stem"]["conv"]["kernel"].dtype)
 
 
-def model(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> BaseModelOutput:
-    """Images [B, C, H, W] -> the last map [B, C', H / 32, W / 32] and its mean over all places [B, C', 1, 1]."""
-    last = channels_first(features(p, c, to_maps(p, c, pixel_values), key=key)[-1])
-    return BaseModelOutput(last_hidden_state=last, pooler_output=last.mean((2, 3), keepdims=True))
+def heads_of(features: Callable[..., list[jax.Array]]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The bare model and the head for labels over `features(p, c, x, key=...) -> maps`, of which the last counts."""
+
+    def model(p: Any, c: Any, pixel_values: Any = None, key: Any = None) -> BaseModelOutput:
+        """Images [B, C, H, W] -> the last map [B, C', H / 32, W / 32] and its mean over all places [B, C', 1, 1]."""
+        last = channels_first(features(p, c, to_maps(p, c, pixel_values), key=key)[-1])
+        return BaseModelOutput(last_hidden_state=last, pooler_output=last.mean((2, 3), keepdims=True))
+
+    def image_classification(p: Any, c: Any, pixel_values: Any = None, key: Any = None) -> LogitsOutput:
+        """A label for every image: [B, C, H, W] -> logits [B, labels]; without labels the pooled maps [B, C']."""
+        pooled = features(p, c, to_maps(p, c, pixel_values), key=key)[-1].mean((1, 2))
+        return LogitsOutput(logits=linear(p["head"], pooled) if "head" in p else pooled)
+
+    return model, image_classification
 
 
-def image_classification(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> LogitsOutput:
-    """A label for every image: [B, C, H, W] -> logits [B, labels]; without labels the pooled maps [B, C']."""
-    pooled = features(p, c, to_maps(p, c, pixel_values), key=key)[-1].mean((1, 2))
-    return LogitsOutput(logits=linear(p["head"], pooled) if "head" in p else pooled)
+model, image_classification = heads_of(features)
 
 
-def image_classification_spec(c: ResNetConfig) -> dict[str, Spec]:
-    """The model and a linear head, if there are labels."""
+def labels_spec(c: Any) -> dict[str, Spec]:
+    """A linear map from the pooled maps to the labels, if there are any."""
     head = linear_spec("classifier.1", c.hidden_sizes[-1], c.num_labels, ("embed", None), init=LINEAR)
-    return under("resnet", features_spec(c)) | ({"head": head} if c.num_labels else {})
+    return {"head": head} if c.num_labels else {}
 
 
 def backbone(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None) -> BackboneOutput:
@@ -186,7 +196,7 @@ def backbone(p: Any, c: ResNetConfig, pixel_values: Any = None, key: Any = None)
     return BackboneOutput(feature_maps=tuple(channels_first(maps[i]) for i in c.features))
 
 
-_STATES = {"hidden_states": ("output_hidden_states", ("stem.out", "stages.*.out"))}
+STATES = {"hidden_states": ("output_hidden_states", ("stem.out", "stages.*.out"))}
 
 _PORTED = ("ResNetModel", "ResNetForImageClassification")
 
@@ -196,15 +206,15 @@ FAMILY = Family(
     base="resnet",
     inputs=model,
     architectures=(
-        Architecture("ResNetModel", "", features_spec, model, collected=_STATES),
+        Architecture("ResNetModel", "", features_spec, model, collected=STATES),
         Architecture(
             "ResNetForImageClassification",
             "ForImageClassification",
-            image_classification_spec,
+            with_heads("resnet", features_spec, labels_spec),
             image_classification,
-            collected=_STATES,
+            collected=STATES,
         ),
-        Architecture("ResNetBackbone", "Backbone", features_spec, backbone, collected=_STATES),
+        Architecture("ResNetBackbone", "Backbone", features_spec, backbone, collected=STATES),
     ),
     flax=Port(_PORTED),
     tf=Port(_PORTED, numbered="."),

@@ -14,18 +14,16 @@ import jax
 from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.layout import Reshape
 from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
 from formax.core.rng import split
-from formax.core.spec import At, Param, Spec, fold, normal, optional, stack_of
+from formax.core.spec import At, Spec, fold, normal, optional, stack_of
 from formax.layers import heads, image_heads, mlp, norm
 from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
-from formax.layers.conv import patch_spec
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.patches import embed_image
-from formax.layers.resize import Size, grid_of, pair
+from formax.layers.patches import embed_image, image_spec
+from formax.layers.resize import Size, grid_of
 
 
 @config
@@ -92,18 +90,9 @@ def block(p: Any, c: ViTConfig, x: jax.Array, key: Any) -> jax.Array:
 
 def encoder_spec(c: ViTConfig, *, masked: bool = False) -> dict[str, Spec]:
     """Embeddings, layers and the last norm; with a token for `masked` patches, which a base model's file lacks."""
-    init, zeros = normal(c.initializer_range), jax.nn.initializers.zeros
-    rows, columns = grid_of(c.image_size, c.patch_size)
-    positions, size, patch = 1 + rows * columns, c.hidden_size, pair(c.patch_size)
-    table = Param((positions, size), (None, "embed"), "position_embeddings", init, Reshape((1, positions, size)))
-    token = partial(Param, (size,), ("embed",), layout=Reshape((1, 1, size)))
-    embeddings: dict[str, Spec] = {
-        "patch": patch_spec("patch_embeddings.projection", c.num_channels, size, patch, init=init),
-        "cls": {"embedding": token("cls_token", init)},
-        "position": {"embedding": table},
-    }
+    embeddings = image_spec(c, init=normal(c.initializer_range), mask=(1, 1, c.hidden_size) if masked else ())
     if masked:
-        embeddings["mask"] = optional({"embedding": token("mask_token", zeros)})
+        embeddings["mask"] = optional(embeddings["mask"])
     layers = [block_spec(c, i) for i in range(c.num_hidden_layers)]
     return {
         "embed": At("embeddings", embeddings),
