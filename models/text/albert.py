@@ -16,16 +16,16 @@ from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import SentenceOrderOutput
 from formax.core.rng import split
 from formax.core.spec import At, Spec, fold, normal, optional, stack_of
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import embed, heads, mlp, norm, text_encoder
 from formax.layers.attention import Mask, attention_spec, from_attention_mask
 from formax.layers.attention.bias import relative_key_bias, relative_key_spec
 from formax.layers.linear import linear, linear_spec
-from formax.models.text import bert
-from formax.models.text.bert import BertConfig, EncoderConfig
+from formax.layers.text_encoder import TextEncoderConfig
+from formax.models.text.bert import BertConfig
 
 
 @config
-class AlbertConfig(EncoderConfig):
+class AlbertConfig(TextEncoderConfig):
     """`config.json` of model type "albert"."""
 
     model_type: ClassVar[str] = "albert"
@@ -87,7 +87,7 @@ def encoder_spec(c: AlbertConfig) -> dict[str, Spec]:
     ]
     project = linear_spec("embedding_hidden_mapping_in", c.word_size, c.hidden_size, (None, "embed"), init=init)
     return {
-        "embed": At("embeddings", bert.embeddings_spec(c)),
+        "embed": At("embeddings", text_encoder.embeddings_spec(c)),
         "project": At("encoder", project),
         "groups": stack_of("encoder.albert_layer_groups", groups),
     }
@@ -130,13 +130,13 @@ def encode(
     k_embed, k_layers = split(key, 2)
     mask = from_attention_mask(attention_mask)
     with tap.scope("embed"):
-        x = bert.embeddings(p, c, input_ids, token_type_ids, position_ids, inputs_embeds, 0, k_embed)
+        x = text_encoder.embeddings(p, c, input_ids, token_type_ids, position_ids, inputs_embeds, 0, k_embed)
         x = tap.tap("out", linear(p["project"], x))
     # The same arrays again and again: what is shared stays one in memory, and its gradients are summed.
     layers = tuple(layer for i in range(c.num_hidden_layers) for layer in p["groups"][c.group_of(i)])
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
-        return bert.block(p, c, x, mask, Mask(), None, None, key, **distances(p, c))
+        return text_encoder.block(p, c, x, mask, Mask(), None, None, key, **distances(p, c))
 
     return fold(run, layers, x, key=k_layers)
 
@@ -144,7 +144,7 @@ def encode(
 def pretraining(p: Any, c: AlbertConfig, input_ids: Any = None, **inputs: Any) -> SentenceOrderOutput:
     """Masked words [B, T, V], and whether two segments are in order (0) or exchanged (1): [B, 2]."""
     x, _ = encode(p, c, input_ids, **inputs)
-    order = heads.classify({"head": p["order"]}, c, bert.pool(p, x), inputs.get("key"))
+    order = heads.classify({"head": p["order"]}, c, text_encoder.pool(p, x), inputs.get("key"))
     return SentenceOrderOutput(prediction_logits=heads.words(p, c, x), sop_logits=order)
 
 
@@ -164,10 +164,10 @@ FAMILY = Family(
     inputs=encode,
     relative="bert",
     architectures=(
-        Architecture("AlbertModel", "", model_spec, bert.bare(encode), also=("ForTextEncoding",)),
+        Architecture("AlbertModel", "", model_spec, text_encoder.pooled(encode), also=("ForTextEncoding",)),
         Architecture("AlbertForPreTraining", "ForPreTraining", _pooled(_words, _order), pretraining),
         Architecture("AlbertForMaskedLM", "ForMaskedLM", _plain(_words), heads.masked_lm(encode)),
-        *heads.label_heads("Albert", _plain, _pooled, encode, bert.summarised(encode)),
+        *heads.label_heads("Albert", _plain, _pooled, encode, text_encoder.summarised(encode)),
     ),
     flax=Port(),
     tf=Port(repeats={"predictions": "albert/embeddings/"}),

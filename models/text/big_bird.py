@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from formax.core import tap
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput, LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
+from formax.core.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
 from formax.core.rng import fold_path, split
 from formax.core.spec import At, Spec, fold, normal, optional
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import embed, heads, mlp, norm, text_encoder
 from formax.layers.activations import activation
 from formax.layers.attention import causal_mask, from_attention_mask
 from formax.layers.block_sparse import drawn_blocks, sparse_self_attention
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.models.text import bert
-from formax.models.text.bert import BertConfig, init_cache, pool
+from formax.layers.text_encoder import init_cache, pool
+from formax.models.text.bert import BertConfig
 
 
 @config
@@ -66,7 +66,7 @@ class BigBirdConfig(BertConfig):
 
 def encoder_spec(c: BigBirdConfig) -> dict[str, Spec]:
     """Embeddings and layers."""
-    return bert.encoder_spec(c, partial(bert.block_spec, bias=True if c.use_bias else "o"))
+    return text_encoder.encoder_spec(c, partial(text_encoder.block_spec, bias=True if c.use_bias else "o"))
 
 
 def model_spec(c: BigBirdConfig) -> dict[str, Spec]:
@@ -126,7 +126,7 @@ def encode(
         cross_mask = from_attention_mask(encoder_attention_mask)
 
         def full(p: Any, x: Any, cache: Any, key: Any) -> Any:
-            return bert.block(p, c, x, mask, cross_mask, encoder_hidden_states, cache, key)
+            return text_encoder.block(p, c, x, mask, cross_mask, encoder_hidden_states, cache, key)
 
         return fold(full, layers, x, cache=cache, key=k_layers)
     if mask.dense is not None:
@@ -141,21 +141,8 @@ def encode(
     return fold(sparse, layers, x, key=k_layers, data=None if key is None else tuple(drawn))
 
 
-def model(p: Any, c: BigBirdConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E] and pooled [B, E]."""
-    x, cache = encode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, pooler_output=pool(p, x), cache=cache)
-
-
-def summary(p: Any, c: BigBirdConfig, input_ids: Any = None, **inputs: Any) -> jax.Array:
-    """A vector for every text: ids [B, T] -> [B, E]."""
-    return pool(p, encode(p, c, input_ids, **inputs)[0])
-
-
-def masked_lm(p: Any, c: BigBirdConfig, input_ids: Any = None, **inputs: Any) -> LogitsOutput:
-    """Scores of all words at every position [B, T, V]; as a decoder, of the next word."""
-    x, cache = encode(p, c, input_ids, **inputs)
-    return LogitsOutput(logits=heads.words(p, c, x), cache=cache)
+summary, model = text_encoder.summarised(encode), text_encoder.pooled(encode)
+masked_lm, causal_lm = heads.masked_lm(encode), heads.causal_lm(encode, heads.words)
 
 
 def pretraining(p: Any, c: BigBirdConfig, input_ids: Any = None, **inputs: Any) -> PreTrainingOutput:
@@ -247,7 +234,7 @@ FAMILY = Family(
         _architecture("BigBirdModel", "", model_spec, model, also=("ForTextEncoding",)),
         _architecture("BigBirdForPreTraining", "ForPreTraining", _spec(_words, _pair), pretraining),
         _architecture("BigBirdForMaskedLM", "ForMaskedLM", _spec(_words), masked_lm),
-        _architecture("BigBirdForCausalLM", "ForCausalLM", _spec(_words), masked_lm),
+        _architecture("BigBirdForCausalLM", "ForCausalLM", _spec(_words), causal_lm),
         _architecture(
             "BigBirdForSequenceClassification",
             "ForSequenceClassification",

@@ -5,7 +5,6 @@ states, and are then projected; there is no pooler. Generator and discriminator 
 has a head for words, the other one for every token's being replaced.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,12 +12,11 @@ import jax
 
 from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput, LogitsOutput
+from formax.core.outputs import LogitsOutput
 from formax.core.spec import Spec, normal, under
-from formax.layers import heads
+from formax.layers import heads, text_encoder
 from formax.layers.activations import activation, check_activation
 from formax.layers.linear import linear, linear_spec
-from formax.models.text import bert
 from formax.models.text.bert import BertConfig
 
 
@@ -49,7 +47,7 @@ class ElectraConfig(BertConfig):
 
 def projected_spec(c: Any) -> dict[str, Spec]:
     """BERT's encoder, and the projection of word vectors if they are not as wide as the states."""
-    spec = bert.encoder_spec(c)
+    spec = text_encoder.encoder_spec(c)
     if c.word_size != c.hidden_size:
         init = normal(c.initializer_range)
         spec["project"] = linear_spec("embeddings_project", c.word_size, c.hidden_size, (None, "embed"), init=init)
@@ -63,21 +61,10 @@ def projected(p: Any, x: jax.Array) -> jax.Array:
 
 def embeddings(p: Any, c: Any, *inputs: Any) -> jax.Array:
     """BERT's, projected: [B, T] -> [B, T, E]."""
-    return projected(p, bert.embeddings(p, c, *inputs))
+    return projected(p, text_encoder.embeddings(p, c, *inputs))
 
 
-encode = bert.encoder(embeddings, bert.block)
-
-
-def bare(encode: Callable[..., Any]) -> Callable[..., BaseModelOutput]:
-    """The model without a head and without a pooler."""
-
-    def model(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-        """States [B, T, E]."""
-        x, cache = encode(p, c, input_ids, **inputs)
-        return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-    return model
+encode = text_encoder.encoder(embeddings, text_encoder.block)
 
 
 def words(p: Any, c: Any, x: jax.Array) -> jax.Array:
@@ -113,17 +100,17 @@ FAMILY = Family(
     ElectraConfig,
     base="electra",
     inputs=encode,
-    init_cache=bert.init_cache,
+    init_cache=text_encoder.init_cache,
     relative="bert",
     architectures=(
-        Architecture("ElectraModel", "", projected_spec, bare(encode), also=("ForTextEncoding",)),
+        Architecture("ElectraModel", "", projected_spec, text_encoder.unpooled(encode), also=("ForTextEncoding",)),
         Architecture("ElectraForPreTraining", "ForPreTraining", _plain(_discriminator), discriminate),
         Architecture("ElectraForMaskedLM", "ForMaskedLM", _plain(_words), heads.masked_lm(encode, words)),
         Architecture("ElectraForCausalLM", "ForCausalLM", _plain(_words), heads.causal_lm(encode, words)),
         *_labels,
     ),
     # There the generator's transform has the layers' activation.
-    flax=Port(inputs=bert.FLAX_INPUTS, lacks=lambda c: {"hidden_act": c.hidden_act != "gelu"}),
+    flax=Port(inputs=text_encoder.FLAX_INPUTS, lacks=lambda c: {"hidden_act": c.hidden_act != "gelu"}),
     tf=Port(
         ("ElectraModel", "ElectraForPreTraining", "ElectraForMaskedLM", *(one.name for one in _labels)),
         repeats={"generator_lm_head": "electra/embeddings/"},

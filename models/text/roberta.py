@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.spec import Spec
-from formax.layers import embed, heads
-from formax.models.text import bert
+from formax.layers import embed, heads, text_encoder
 from formax.models.text.bert import BertConfig
 
 
@@ -58,7 +57,7 @@ def embeddings(p: Any, c: Any, ids: Any, types: Any, places: Any, vectors: Any, 
     """BERT's, with RoBERTa's positions: [B, T] -> [B, T, E]."""
     if places is None and c.position_embedding_type == "absolute":
         places = positions(c, ids, vectors, offset)
-    return bert.embeddings(p, c, ids, types, places, vectors, offset, key)
+    return text_encoder.embeddings(p, c, ids, types, places, vectors, offset, key)
 
 
 def words(p: Any, c: Any, x: jax.Array) -> jax.Array:
@@ -70,7 +69,7 @@ def architectures(
     name: str,
     base: str,
     encode: Callable[..., Any],
-    encoder_spec: Callable[[Any], dict[str, Spec]] = bert.encoder_spec,
+    encoder_spec: Callable[[Any], dict[str, Spec]] = text_encoder.encoder_spec,
 ) -> tuple[Architecture, ...]:
     """The models of RoBERTa's line, whose classes begin with `name` and whose checkpoints have `base` before the model.
 
@@ -79,31 +78,31 @@ def architectures(
     """
 
     def model_spec(c: Any) -> dict[str, Spec]:
-        return {**encoder_spec(c), **bert.pooler_spec(c)}
+        return {**encoder_spec(c), **text_encoder.pooler_spec(c)}
 
     plain, pooled = partial(heads.with_heads, base, encoder_spec), partial(heads.with_heads, base, model_spec)
     head = plain(partial(heads.words_spec, "lm_head", names=("dense", "layer_norm", "decoder")))
     text = plain(heads.deep_head()), heads.deep_classification(encode)
     masked = heads.masked_lm(encode, words)
     return (
-        Architecture(f"{name}Model", "", model_spec, bert.bare(encode), also=("ForTextEncoding",)),
+        Architecture(f"{name}Model", "", model_spec, text_encoder.pooled(encode), also=("ForTextEncoding",)),
         Architecture(f"{name}ForMaskedLM", "ForMaskedLM", head, masked, also=("ForPreTraining",)),
         Architecture(f"{name}ForCausalLM", "ForCausalLM", head, heads.causal_lm(encode, words)),
-        *heads.label_heads(name, plain, pooled, encode, bert.summarised(encode), text=text),
+        *heads.label_heads(name, plain, pooled, encode, text_encoder.summarised(encode), text=text),
     )
 
 
-encode = bert.encoder(embeddings, bert.block)
+encode = text_encoder.encoder(embeddings, text_encoder.block)
 
 FAMILY = Family(
     "roberta",
     RobertaConfig,
     base="roberta",
     inputs=encode,
-    init_cache=bert.init_cache,
+    init_cache=text_encoder.init_cache,
     relative="bert",
     architectures=architectures("Roberta", "roberta", encode),
     counts_tokens=True,
-    flax=Port(inputs=bert.FLAX_INPUTS),
+    flax=Port(inputs=text_encoder.FLAX_INPUTS),
     tf=Port(repeats={"lm_head": "roberta/embeddings/"}),
 )

@@ -13,9 +13,9 @@ from formax.core import tap
 from formax.core.config import config
 from formax.core.family import Family, Port
 from formax.core.spec import Spec
-from formax.layers import norm
+from formax.layers import norm, text_encoder
 from formax.layers.dropout import dropout
-from formax.models.text import bert, roberta
+from formax.models.text import roberta
 from formax.models.text.roberta import RobertaConfig
 
 
@@ -28,7 +28,7 @@ class RobertaPreLayerNormConfig(RobertaConfig):
 
 def block_spec(c: RobertaPreLayerNormConfig, layer: int) -> dict[str, Spec]:
     """One layer: BERT's, its norms stored with what they come before."""
-    spec = bert.block_spec(c, layer)
+    spec = text_encoder.block_spec(c, layer)
     places = {"attn_norm": "attention", "cross_norm": "crossattention", "mlp_norm": "intermediate"}
     norms = {key: norm.layer_spec(f"{place}.LayerNorm", c.hidden_size) for key, place in places.items() if key in spec}
     return {**spec, **norms}
@@ -42,10 +42,10 @@ def pre_norm(p: Any, c: Any, x: jax.Array, part: Any, key: Any) -> Any:
 
 def encoder_spec(c: RobertaPreLayerNormConfig) -> dict[str, Spec]:
     """Embeddings, layers and the last norm."""
-    return {**bert.encoder_spec(c, block_spec), "norm": norm.layer_spec("LayerNorm", c.hidden_size)}
+    return {**text_encoder.encoder_spec(c, block_spec), "norm": norm.layer_spec("LayerNorm", c.hidden_size)}
 
 
-layers = bert.encoder(roberta.embeddings, partial(bert.block, around=pre_norm))
+layers = text_encoder.encoder(roberta.embeddings, partial(text_encoder.block, around=pre_norm))
 
 
 def encode(p: Any, c: RobertaPreLayerNormConfig, input_ids: Any = None, **inputs: Any) -> Any:
@@ -62,10 +62,10 @@ FAMILY = Family(
     RobertaPreLayerNormConfig,
     base="roberta_prelayernorm",
     inputs=layers,
-    init_cache=bert.init_cache,
+    init_cache=text_encoder.init_cache,
     relative="roberta",
     architectures=roberta.architectures("RobertaPreLayerNorm", "roberta_prelayernorm", encode, encoder_spec),
     counts_tokens=True,
-    flax=Port(inputs=bert.FLAX_INPUTS),
+    flax=Port(inputs=text_encoder.FLAX_INPUTS),
     tf=Port(repeats={"lm_head": "roberta_prelayernorm/embeddings/"}),
 )

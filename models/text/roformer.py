@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
 from formax.core.spec import At, Param, Spec
-from formax.layers import embed, heads, norm, rope
+from formax.layers import embed, heads, norm, rope, text_encoder
 from formax.layers.dropout import dropout
-from formax.models.text import bert, electra
-from formax.models.text.bert import EncoderConfig
+from formax.layers.text_encoder import TextEncoderConfig
+from formax.models.text import electra
 
 
 @config
-class RoFormerConfig(EncoderConfig):
+class RoFormerConfig(TextEncoderConfig):
     """`config.json` of model type "roformer"."""
 
     model_type: ClassVar[str] = "roformer"
@@ -44,7 +44,7 @@ def _sines(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
 
 def encoder_spec(c: RoFormerConfig) -> dict[str, Spec]:
     """Words and segments, their projection, the table of angles, and layers."""
-    tables = {key: part for key, part in bert.embeddings_spec(c).items() if not key.startswith("position")}
+    tables = {key: part for key, part in text_encoder.embeddings_spec(c).items() if not key.startswith("position")}
     shape = (c.max_position_embeddings, c.head_dim)
     angles = Param(shape, (None, None), "encoder.embed_positions.weight", _sines, buffer=True, flax="")
     return {**electra.projected_spec(c), "embed": At("embeddings", tables), "angles": {"embedding": angles}}
@@ -69,7 +69,7 @@ def rotation(p: Any, c: RoFormerConfig, x: jax.Array, offset: Any) -> dict[str, 
     return {"rotate": turn, "rotate_values": turn if c.rotary_value else None}
 
 
-layers = bert.encoder(embeddings, bert.block, rotation)
+layers = text_encoder.encoder(embeddings, text_encoder.block, rotation)
 
 
 def encode(
@@ -106,10 +106,10 @@ FAMILY = Family(
     RoFormerConfig,
     base="roformer",
     inputs=encode,
-    init_cache=bert.init_cache,
+    init_cache=text_encoder.init_cache,
     relative="bert",
     architectures=(
-        Architecture("RoFormerModel", "", encoder_spec, electra.bare(encode), also=("ForTextEncoding",)),
+        Architecture("RoFormerModel", "", encoder_spec, text_encoder.unpooled(encode), also=("ForTextEncoding",)),
         Architecture("RoFormerForMaskedLM", "ForMaskedLM", _plain(_words), heads.masked_lm(encode)),
         Architecture("RoFormerForCausalLM", "ForCausalLM", _plain(_words), heads.causal_lm(encode, heads.words)),
         *_labels,

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from formax.core.config import config
 from formax.core.family import Family, Port
-from formax.models.text import bert, roberta
+from formax.layers import text_encoder
+from formax.models.text import roberta
 from formax.models.text.roberta import RobertaConfig
 
 
@@ -25,10 +26,10 @@ FAMILY = Family(
     XLMRobertaConfig,
     base="roberta",
     inputs=roberta.encode,
-    init_cache=bert.init_cache,
+    init_cache=text_encoder.init_cache,
     relative="roberta",
     architectures=roberta.architectures("XLMRoberta", "roberta", roberta.encode),
     counts_tokens=True,
-    flax=Port(inputs=bert.FLAX_INPUTS),
+    flax=Port(inputs=text_encoder.FLAX_INPUTS),
     tf=Port(repeats={"lm_head": "roberta/embeddings/"}),
 )
