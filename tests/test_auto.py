@@ -305,6 +305,17 @@ def test_aliases(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "llama") for name in ("llama2", "llama3", "code_llama", "code-llama")),
+        *((name, "gpt2") for name in ("dialogpt", "cpm", "gpt-sw3", "megatron_gpt2")),
+    ],
+)
+def test_checkpoints_that_are_another_family_by_their_own_name(name: str, family: str) -> None:
+    assert registry.family(name).model_type == family
+
+
+@pytest.mark.parametrize(
     ("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")]
 )
 def test_a_model_type_that_nobody_knows(tmp_path: Path, name: str, hint: str) -> None:

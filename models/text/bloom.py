@@ -140,6 +140,11 @@ def init_cache(c: BloomConfig, batch: int, length: int, encoder_length: int, dty
     return tuple(KVCache.empty(batch, length, c.n_head, c.head_dim, dtype) for _ in range(c.n_layer))
 
 
+def _flax_lacks(c: BloomConfig) -> dict[str, bool]:
+    """It has slopes only for a power of two."""
+    return {"n_head": c.n_head & (c.n_head - 1) != 0}
+
+
 FAMILY = Family(
     "bloom",
     BloomConfig,
@@ -151,5 +156,5 @@ FAMILY = Family(
         Architecture("BloomModel", "", model_spec, model),
         *heads.decoder_heads("Bloom", "transformer", model_spec, decode, token="classifier"),
     ),
-    flax=Port(("BloomModel", "BloomForCausalLM")),
+    flax=Port(("BloomModel", "BloomForCausalLM"), lacks=_flax_lacks),
 )

@@ -59,6 +59,10 @@ class GPTNeoConfig(Config):
                 f"num_layers={self.num_layers} layers, each {' or '.join(KINDS)}"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """With the kind of every layer, which the reference would otherwise read as null."""
+        return {**super().to_dict(), "attention_layers": list(self.kinds)}
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of every layer's attention."""

@@ -58,7 +58,7 @@ class GPTJConfig(Config):
         check_activation(self.activation_function, "activation_function")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ConfigError(
-                f"rotary_dim={self.rotary_dim} must be even, and from 2 to n_embd / n_head={self.head_dim}"
+                f"rotary_dim={self.rotary_dim} must be even, and from 2 to a head's size, {self.head_dim}"
             )
 
     @property

@@ -88,9 +88,10 @@ def embeddings(p: Any, c: XGLMConfig, ids: Any, vectors: Any, position_ids: Any,
     with tap.scope("embed"):
         x = transformer.words(p, c, "decoder", ids, vectors, None)
         places = OFFSET + (embed.positions(offset, x) if position_ids is None else position_ids)
-        # The place that has the number of the padding token is nowhere, which is before the first one as a rule.
-        nowhere = (places == c.pad_token_id)[..., None]
-        x = x + jnp.where(nowhere, 0, embed.waves(places, c.d_model)).astype(x.dtype)
+        sines = embed.waves(places, c.d_model)
+        if c.pad_token_id is not None:  # the place of this number is nowhere; as a rule it is before the first one
+            sines = jnp.where(jnp.equal(places, c.pad_token_id)[..., None], 0, sines)
+        x = x + sines.astype(x.dtype)
         return tap.tap("out", dropout(x, c.dropout, key))
 
 
