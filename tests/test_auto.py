@@ -306,9 +306,16 @@ def test_aliases(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("bort", "bert"), ("bertweet", "roberta"), ("phobert", "roberta"), ("xlm_v", "xlm-roberta"), ("dit", "beit")],
+    [
+        *((name, "bert") for name in ("bort", "bert-japanese", "herbert")),
+        *((name, "roberta") for name in ("bertweet", "phobert")),
+        *((name, "llama") for name in ("llama2", "llama3", "code_llama", "code-llama")),
+        *((name, "gpt2") for name in ("dialogpt", "cpm", "gpt-sw3", "megatron_gpt2")),
+        ("xlm_v", "xlm-roberta"),
+        ("dit", "beit"),
+    ],
 )
-def test_aliases_of_other_families(name: str, family: str) -> None:
+def test_checkpoints_that_are_another_family_by_their_own_name(name: str, family: str) -> None:
     assert registry.family(name).model_type == family
 
 

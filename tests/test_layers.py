@@ -11,10 +11,11 @@ import pytest
 
 from formax.core import spec as specs
 from formax.core.tap import watch
-from formax.layers import embed, linear, mlp, norm, rope
+from formax.layers import embed, heads, linear, mlp, norm, rope
 from formax.layers.activations import ACTIVATIONS, activation
 from formax.layers.conv import conv, conv_transpose, conv_transpose_spec
 from formax.layers.dropout import drop_path, dropout
+from formax.models.text.gptj import GPTJConfig
 
 Formula = Callable[[float], float]
 POINTS = np.concatenate([np.linspace(-6, 6, 49), [-25.0, -0.01, 0.0, 0.01, 25.0]]).astype(np.float32)
@@ -107,6 +108,53 @@ def test_layer_norm() -> None:
     assert np.isfinite(jax.grad(lambda x: norm.layer(p, x, 1e-12).sum())(jnp.zeros((1, 8)))).all()
     names = specs.table(norm.layer_spec("LayerNorm", 8)).known_names()
     assert names == {f"LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta")}
+
+
+def test_a_norm_that_multiplies_by_one_and_its_scale() -> None:
+    x, scale = np.random.default_rng(4).normal(size=(3, 5)), np.array([0.5, -1.0, 0.0, 2.0, -0.25])
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1) * (1 + scale)
+    p = {"scale": jnp.asarray(scale, jnp.float32)}
+    np.testing.assert_allclose(norm.rms_plus_one(p, jnp.asarray(x, jnp.float32), 0.1), expected, rtol=1e-5)
+    # multiplied before it is rounded
+    halved = norm.rms_plus_one(p, jnp.asarray(x, jnp.bfloat16), 0.1)
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    exact = rounded / np.sqrt((rounded**2).mean(-1, keepdims=True) + 0.1) * (1 + scale)
+    np.testing.assert_array_equal(halved, jnp.asarray(exact, jnp.bfloat16))
+    assert specs.init({"": norm.rms_plus_one_spec("norm", 3)}, jax.random.key(0))[""]["scale"].tolist() == [0, 0, 0]
+
+
+def test_neighbours_turn_as_complex_numbers() -> None:
+    x, angles = np.random.default_rng(5).normal(size=(2, 3, 4, 7)), np.arange(6).reshape(3, 1, 2) / 3
+    pairs = x[..., :4].reshape(2, 3, 4, 2, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)
+    expected = np.stack([turned.real, turned.imag], -1).reshape(2, 3, 4, 4)
+    cos, sin = (jnp.asarray(f(angles)[None], jnp.float32) for f in (np.cos, np.sin))
+    found = rope.rotate_neighbours(jnp.asarray(x, jnp.float32), cos, sin)
+    np.testing.assert_allclose(found[..., :4], expected, atol=1e-5)
+    np.testing.assert_array_equal(found[..., 4:], x[..., 4:].astype(np.float32))
+    whole = rope.rotate_neighbours(jnp.asarray(x[..., :4], jnp.float32), cos, sin)
+    np.testing.assert_array_equal(whole, found[..., :4])
+
+
+def test_positions_that_do_not_count_padding() -> None:
+    x = jnp.zeros((2, 3, 5))
+    seen = jnp.asarray([[0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1]], bool)
+    assert embed.positions_of_tokens(None, 2, x).tolist() == [[2, 3, 4]]
+    assert embed.positions_of_tokens(seen, 0, x).tolist() == [[-1, 0, 1], [0, 1, 2]]
+    assert embed.positions_of_tokens(seen, 3, x).tolist() == [[-1, 2, 3], [3, 4, 5]]
+    assert embed.positions_of_tokens(seen, jnp.asarray([1, 2]), x).tolist() == [[0, 1, -1], [2, 3, 4]]
+
+
+def test_a_tied_head_with_a_bias_of_its_own() -> None:
+    tied = GPTJConfig(vocab_size=11, n_embd=6, n_head=1, rotary_dim=2, tie_word_embeddings=True)
+    spec = {
+        "embed": {"word": embed.embedding_spec("wte", 11, 6, init=specs.normal(1.0))},
+        **heads.lm_head(bias=True)(tied),
+    }
+    assert specs.table(spec).known_names() == {"wte.weight", "lm_head.weight", "lm_head.bias"}
+    p = specs.init(spec, jax.random.key(0)) | {"head_bias": jnp.arange(11.0)}
+    x = jnp.ones((1, 2, 6))
+    np.testing.assert_allclose(heads.lm_logits(p, x), x @ p["embed"]["word"]["embedding"].T + jnp.arange(11), rtol=1e-5)
 
 
 def test_mlp() -> None:

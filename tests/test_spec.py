@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from formax.core import spec as specs
 from formax.core.layout import TRANSPOSE, Part, Stacked
 from formax.core.spec import At, Ignored, Param, Spec, Tied, fold, normal, stack, unstack
+from formax.core.tap import watch
 from formax.layers.dropout import dropout
 from formax.sharding import make_mesh
 
@@ -282,6 +283,30 @@ def test_fold_runs_the_same_layers_in_every_form(cached: bool, keyed: bool, vari
     for name, form in forms().items():
         close = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6, err_msg=name)
         jax.tree.map(close, graded(form), expected)
+
+
+@pytest.mark.parametrize("kinds", ["abab", "aabb", "aaaa"])
+def test_scanned_layers_of_several_kinds_take_turns(kinds: str) -> None:
+    layers, x, key = layers_of(4), jnp.ones((2, 6)), jax.random.key(5)
+    caches = tuple({"sum": jnp.asarray(0.1 * i)} for i in range(4))
+
+    def of_kind(p: Any, x: jax.Array, cache: Any, key: Any, kind: specs.Static) -> tuple[jax.Array, Any]:
+        return block(p, x, cache, key, None) if kind.value == "a" else block(p, -x, cache, key, 3.0)
+
+    def called(layers: Any, caches: Any, remat: bool) -> Any:
+        with watch(("layers.*.out",)) as seen:
+            out, new = fold(of_kind, layers, x, cache=caches, key=key, data=(*map(specs.Static, kinds),), remat=remat)
+        return out, new, seen.find(("layers.*.out",))
+
+    out, new, seen = called(layers, caches, False)
+    assert list(seen) == [f"layers.{i}.out" for i in range(4)]
+    for remat in (False, True):
+        call = partial(called, stack(layers), stack(caches), remat)
+        found, caches_found, seen_found = jax.jit(call)()
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), (found, seen_found), (out, seen))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5), unstack(caches_found), new)
+    scans = [eqn for eqn in jax.make_jaxpr(call)().jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert [eqn.params["length"] for eqn in scans] == [{"abab": 2, "aabb": 1, "aaaa": 4}[kinds]]
 
 
 def primitives(jaxpr: Any) -> list[str]:

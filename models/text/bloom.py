@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Spec, fold, normal, stack_of
-from formax.layers import embed, heads, mlp, norm
-from formax.layers.attention import ALiBi, KVCache, Mask, alibi_slopes, causal_mask, self_attention
+from formax.layers import decoder, embed, heads, mlp, norm
+from formax.layers.attention import ALiBi, Mask, alibi_slopes, causal_mask, self_attention
 from formax.layers.dropout import dropout
 from formax.layers.linear import fused_spec, linear_spec
 
@@ -129,15 +128,9 @@ def decode(
     return tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_epsilon)), cache
 
 
-def model(p: Any, c: BloomConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
-def init_cache(c: BloomConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
-    """Empty caches of all layers, with room for `length` positions."""
-    return tuple(KVCache.empty(batch, length, c.n_head, c.head_dim, dtype) for _ in range(c.n_layer))
+def _flax_lacks(c: BloomConfig) -> dict[str, bool]:
+    """It has slopes only for a power of two."""
+    return {"n_head": c.n_head & (c.n_head - 1) != 0}
 
 
 FAMILY = Family(
@@ -146,10 +139,10 @@ FAMILY = Family(
     base="transformer",
     inputs=decode,
     relative="gpt2",
-    init_cache=init_cache,
+    init_cache=decoder.own_caches,
     architectures=(
-        Architecture("BloomModel", "", model_spec, model),
+        Architecture("BloomModel", "", model_spec, decoder.bare(decode)),
         *heads.decoder_heads("Bloom", "transformer", model_spec, decode, token="classifier"),
     ),
-    flax=Port(("BloomModel", "BloomForCausalLM")),
+    flax=Port(("BloomModel", "BloomForCausalLM"), lacks=_flax_lacks),
 )

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.core.spec import At, Spec, normal
 from formax.layers import decoder, embed, heads, mlp, norm
 from formax.layers.attention import self_attention
@@ -89,12 +88,6 @@ def decode(
     return decoder.decode(block, p, c, None, attention_mask, position_ids, x, cache, key, last_norm=norm.rms_plus_one)
 
 
-def model(p: Any, c: GemmaConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
 def _flax_lacks(c: GemmaConfig) -> dict[str, bool]:
     """Its activation is the other field's, the tanh GELU if there is none."""
     return {
@@ -111,7 +104,7 @@ FAMILY = Family(
     relative="llama",
     init_cache=decoder.init_cache,
     architectures=(
-        Architecture("GemmaModel", "", model_spec, model),
+        Architecture("GemmaModel", "", model_spec, decoder.bare(decode)),
         *heads.decoder_heads("Gemma", "model", model_spec, decode)[:3],
     ),
     flax=Port(("GemmaModel", "GemmaForCausalLM"), lacks=_flax_lacks),

@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 from formax.core import tap
 from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, Static, fold, normal, stack_of
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import decoder, embed, heads, mlp, norm
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, Mask, attention_spec, causal_mask, self_attention
+from formax.layers.attention import Mask, attention_spec, causal_mask, self_attention
 from formax.layers.dropout import dropout
 from formax.models.text.gpt2 import embeddings
 
@@ -58,6 +57,10 @@ class GPTNeoConfig(Config):
                 f"attention_types={self.attention_types!r}, attention_layers={self.attention_layers!r} must be about "
                 f"num_layers={self.num_layers} layers, each {' or '.join(KINDS)}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the kind of every layer, which the reference would otherwise read as null."""
+        return {**super().to_dict(), "attention_layers": list(self.kinds)}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -144,26 +147,15 @@ def decode(
     return tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_epsilon)), cache
 
 
-def model(p: Any, c: GPTNeoConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
-def init_cache(c: GPTNeoConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
-    """Empty caches of all layers, with room for `length` positions."""
-    return tuple(KVCache.empty(batch, length, c.num_heads, c.head_dim, dtype) for _ in range(c.num_layers))
-
-
 FAMILY = Family(
     "gpt_neo",
     GPTNeoConfig,
     base="transformer",
     inputs=decode,
     relative="gpt2",
-    init_cache=init_cache,
+    init_cache=decoder.own_caches,
     architectures=(
-        Architecture("GPTNeoModel", "", model_spec, model),
+        Architecture("GPTNeoModel", "", model_spec, decoder.bare(decode)),
         *heads.decoder_heads("GPTNeo", "transformer", model_spec, decode, token="classifier"),
     ),
     flax=Port(("GPTNeoModel", "GPTNeoForCausalLM"), inputs=("input_ids", "attention_mask", "position_ids")),

@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 from formax.core import tap
 from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, stack_of
-from formax.layers import embed, heads, mlp, norm, rope
+from formax.layers import decoder, embed, heads, mlp, norm, rope
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, attention_spec, causal_mask, self_attention
+from formax.layers.attention import attention_spec, causal_mask, self_attention
 from formax.layers.dropout import dropout
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -58,7 +57,7 @@ class GPTJConfig(Config):
         check_activation(self.activation_function, "activation_function")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ConfigError(
-                f"rotary_dim={self.rotary_dim} must be even, and from 2 to n_embd / n_head={self.head_dim}"
+                f"rotary_dim={self.rotary_dim} must be even, and from 2 to a head's size, {self.head_dim}"
             )
 
     @property
@@ -131,17 +130,6 @@ def decode(
     return tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_epsilon)), cache
 
 
-def model(p: Any, c: GPTJConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
-def init_cache(c: GPTJConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
-    """Empty caches of all layers, with room for `length` positions."""
-    return tuple(KVCache.empty(batch, length, c.n_head, c.head_dim, dtype) for _ in range(c.n_layer))
-
-
 def _lacks(c: GPTJConfig) -> dict[str, bool]:
     return {"tie_word_embeddings": c.tie_word_embeddings}
 
@@ -155,9 +143,9 @@ FAMILY = Family(
     base="transformer",
     inputs=decode,
     relative="gpt2",
-    init_cache=init_cache,
+    init_cache=decoder.own_caches,
     architectures=(
-        Architecture("GPTJModel", "", model_spec, model),
+        Architecture("GPTJModel", "", model_spec, decoder.bare(decode)),
         replace(_words, spec=words_spec),
         _text,
         _span,

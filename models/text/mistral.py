@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.layers import decoder, heads
 from formax.models.text.llama import ROPE, LlamaConfig, block, model_spec
 
@@ -48,12 +47,6 @@ def decode(
     return decoder.decode(block, p, c, *inputs, cache, key, window=c.sliding_window)
 
 
-def model(p: Any, c: MistralConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
 def _tf_lacks(c: MistralConfig) -> dict[str, bool]:
     """Its attention has no window."""
     return {
@@ -80,7 +73,7 @@ FAMILY = Family(
     relative="llama",
     init_cache=decoder.init_cache,
     architectures=(
-        Architecture("MistralModel", "", model_spec, model),
+        Architecture("MistralModel", "", model_spec, decoder.bare(decode)),
         replace(_words, spec=heads.with_heads("model", model_spec, heads.lm_head(tf=None))),
         *_labels,
     ),

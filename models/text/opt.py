@@ -12,12 +12,11 @@ import numpy as np
 from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Spec, fold, normal, stack_of, under
-from formax.layers import embed, heads, mlp, norm
+from formax.layers import decoder, embed, heads, mlp, norm
 from formax.layers.activations import check_activation
-from formax.layers.attention import KVCache, attention_spec, causal_mask, self_attention
+from formax.layers.attention import attention_spec, causal_mask, self_attention
 from formax.layers.dropout import layer_drop
 from formax.layers.linear import linear, linear_spec
 from formax.layers.transformer import EPS, post_norm, pre_norm
@@ -151,18 +150,6 @@ def decode(
     return tap.tap("last", linear(p["out"], x) if "out" in p else x), cache
 
 
-def model(p: Any, c: OPTConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, states_size]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
-def init_cache(c: OPTConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
-    """Empty caches of all layers, with room for `length` positions."""
-    size = batch, length, c.num_attention_heads, c.head_dim, dtype
-    return tuple(KVCache.empty(*size) for _ in range(c.num_hidden_layers))
-
-
 def _lacks(c: OPTConfig) -> dict[str, bool]:
     return {"enable_bias": not c.enable_bias, "layer_norm_elementwise_affine": not c.layer_norm_elementwise_affine}
 
@@ -175,8 +162,8 @@ FAMILY = Family(
     base="model",
     inputs=decode,
     relative="bart",
-    init_cache=init_cache,
-    architectures=(Architecture("OPTModel", "", model_spec, model), _words, _text, _span),
+    init_cache=decoder.own_caches,
+    architectures=(Architecture("OPTModel", "", model_spec, decoder.bare(decode)), _words, _text, _span),
     flax=Port(("OPTModel", "OPTForCausalLM"), lacks=_lacks),
     tf=Port(("OPTModel", "OPTForCausalLM"), numbered=".", lacks=_lacks),
 )

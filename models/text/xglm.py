@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from formax.core import tap
 from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import Ignored, Spec, normal, stack_of
-from formax.layers import embed, heads, norm, transformer
+from formax.layers import decoder, embed, heads, norm, transformer
 from formax.layers.activations import check_activation
 from formax.layers.attention import causal_mask, from_attention_mask
 from formax.layers.dropout import dropout
@@ -76,11 +75,11 @@ def block_spec(c: XGLMConfig) -> dict[str, Spec]:
 def model_spec(c: XGLMConfig) -> dict[str, Spec]:
     """Words, layers and the last norm."""
     word = embed.embedding_spec("embed_tokens", c.vocab_size, c.d_model, init=normal(c.init_std), tf="weight")
-    decoder: dict[str, Spec] = {
+    layers: dict[str, Spec] = {
         "layers": stack_of("layers", [block_spec(c)] * c.num_layers),
         "norm": norm.layer_spec("layer_norm", c.d_model),
     }
-    return {"embed": {"word": word, "sines": Ignored("embed_positions.weights")}, "decoder": decoder}
+    return {"embed": {"word": word, "sines": Ignored("embed_positions.weights")}, "decoder": layers}
 
 
 def embeddings(p: Any, c: XGLMConfig, ids: Any, vectors: Any, position_ids: Any, offset: Any, key: Any) -> jax.Array:
@@ -88,9 +87,10 @@ def embeddings(p: Any, c: XGLMConfig, ids: Any, vectors: Any, position_ids: Any,
     with tap.scope("embed"):
         x = transformer.words(p, c, "decoder", ids, vectors, None)
         places = OFFSET + (embed.positions(offset, x) if position_ids is None else position_ids)
-        # The place that has the number of the padding token is nowhere, which is before the first one as a rule.
-        nowhere = (places == c.pad_token_id)[..., None]
-        x = x + jnp.where(nowhere, 0, embed.waves(places, c.d_model)).astype(x.dtype)
+        sines = embed.waves(places, c.d_model)
+        if c.pad_token_id is not None:  # the place of this number is nowhere; as a rule it is before the first one
+            sines = jnp.where(jnp.equal(places, c.pad_token_id)[..., None], 0, sines)
+        x = x + sines.astype(x.dtype)
         return tap.tap("out", dropout(x, c.dropout, key))
 
 
@@ -115,12 +115,6 @@ def decode(
         return transformer.decoder_layers(p, c, x, mask, *memory, cache, k_layers, pre_norm)
 
 
-def model(p: Any, c: XGLMConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-
 def _flax_lacks(c: XGLMConfig) -> dict[str, bool]:
     """All of its places are somewhere."""
     return {"pad_token_id": c.pad_token_id is not None and c.pad_token_id >= OFFSET}
@@ -141,7 +135,7 @@ FAMILY = Family(
     inputs=decode,
     relative="bart",
     init_cache=transformer.init_cache,
-    architectures=(Architecture("XGLMModel", "", model_spec, model), replace(_words, spec=words_spec)),
+    architectures=(Architecture("XGLMModel", "", model_spec, decoder.bare(decode)), replace(_words, spec=words_spec)),
     flax=Port(lacks=_flax_lacks),
     tf=Port(numbered=".", lacks=_tf_lacks),
 )

@@ -12,6 +12,7 @@ from oracle.cases import (
     TRACES,
     VOCAB,
     T,
+    Tensors,
     answers_cut_off,
     change,
     change_input,
@@ -74,7 +75,7 @@ CONFIG_2021: dict[str, Any] = {
     "window_size": 7,
 }
 CAUSAL = np.tril(np.ones((1, 1, 40, 40), np.uint8))
-MASKS = {"bias": CAUSAL, "masked_bias": np.array(-1e9, np.float32)}
+MASKS: Tensors = {"bias": CAUSAL, "masked_bias": np.array(-1e9, np.float32)}
 
 CASES = (
     *HEADS,

@@ -13,6 +13,7 @@ from oracle.cases import (
     VOCAB,
     Array,
     T,
+    Tensors,
     answers_cut_off,
     change,
     change_input,
@@ -48,7 +49,7 @@ LEFT = text("left", 25, 18, left=True)
 HEADS = decoder_heads("GPTJ", SIZES, PADDED, "sequence_classification", "question_answering")
 
 CAUSAL = np.tril(np.ones((1, 1, 40, 40), np.uint8))
-MASKS = {"bias": CAUSAL, "masked_bias": np.array(-1e9, np.float32)}
+MASKS: Tensors = {"bias": CAUSAL, "masked_bias": np.array(-1e9, np.float32)}
 OLD = {f"transformer.h.{i}.attn.{name}": value for i in range(2) for name, value in MASKS.items()}
 
 CASES = (
