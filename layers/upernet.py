@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ def fcn_spec(c: Any) -> dict[str, Spec]:
     """So many (`auxiliary_num_convs`) convolutions to `auxiliary_channels`, and one over what went in and came out."""
     size, inner, init = c.hidden_size, c.auxiliary_channels, normal(c.initializer_range)
     widths = [size, *[inner] * c.auxiliary_num_convs]
-    convs = [unit_spec(f"convs.{i}", *widths[i : i + 2], 3, init) for i in range(c.auxiliary_num_convs)]
+    convs = [unit_spec(f"convs.{i}", d_in, d, 3, init) for i, (d_in, d) in enumerate(pairwise(widths))]
     spec: dict[str, Spec] = {"convs": tuple(convs)} if convs else {}
     if c.auxiliary_concat_input:
         spec["both"] = unit_spec("conv_cat", size + inner, inner, 3, init)

@@ -90,7 +90,9 @@ def memory(length: int) -> int:
     params = specs.abstract(registry.family("big_bird").architectures[0].spec(c))
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     run = jax.jit(lambda p, ids: big_bird.model(p, c, ids).last_hidden_state)
-    return int(run.lower(params, ids).compile().memory_analysis().temp_size_in_bytes)
+    found = run.lower(params, ids).compile().memory_analysis()
+    assert found is not None
+    return int(found.temp_size_in_bytes)
 
 
 def test_memory_grows_with_the_text_and_not_with_its_square() -> None:

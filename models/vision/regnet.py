@@ -71,8 +71,8 @@ def layer_spec(c: RegNetConfig, d_in: int, d_out: int, *, first: bool) -> dict[s
         }
         spec["squeeze"] = At("layer.2.attention", squeeze)
     if first:
-        names = ("shortcut.convolution", "shortcut.normalization")
-        spec["shortcut"] = part_spec(names, d_in, d_out, 1, norm.batch_spec)
+        shortcut = ("shortcut.convolution", "shortcut.normalization")
+        spec["shortcut"] = part_spec(shortcut, d_in, d_out, 1, norm.batch_spec)
     return spec
 
 
