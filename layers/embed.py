@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from formax.core.spec import At, Initializer, Param
 
@@ -49,6 +50,17 @@ def sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
     rates = jnp.exp(-math.log(10000) / (size // 2 - 1) * jnp.arange(size // 2))
     angles = jnp.arange(rows)[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(dtype)
+
+
+def waves(key: jax.Array | None, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Sines, then cosines, of the waves of Vaswani et al. 2017 at positions 0, 1, ...: [positions, size].
+
+    An initialiser. The waves are from 2 pi to almost 20000 pi long, where those of `sinusoids` end at that; of an odd
+    size one more is a sine. Angles are in double precision, as far positions turn many times.
+    """
+    rows, size = shape
+    angles = np.arange(rows)[:, None] * 10000.0 ** (-2 * np.arange((size + 1) // 2) / size)
+    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles[:, : size // 2])], axis=1), dtype)
 
 
 def check_inputs(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core.family import Architecture
-from formax.layers.seq2seq import shift_right
+from formax.layers import seq2seq
 from formax.model import Model
 from formax.training import detection, losses, speech
 
@@ -48,8 +48,8 @@ def inputs_of(architecture: Architecture, config: Any, batch: Batch) -> dict[str
     reads = {"decoder_input_ids", "decoder_inputs_embeds"}
     writes = architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq")
     if writes and "labels" in batch and not reads & inputs.keys():
-        start, pad = config.decoder_start_token_id, config.pad_token_id
-        inputs["decoder_input_ids"] = shift_right(jnp.asarray(batch["labels"]), start, pad)
+        shifted = SHIFTS.get(config.model_type, seq2seq.after_start)
+        inputs["decoder_input_ids"] = shifted(config, jnp.asarray(batch["labels"]))
     return inputs
 
 
@@ -103,6 +103,10 @@ def _objects(out: Any, c: Any, batch: Batch) -> jax.Array:
     return detection.set_loss(out, c, real=real, **targets)[0]
 
 
+# Families whose decoders start otherwise than with one token for all.
+SHIFTS: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
+    "mbart": seq2seq.after_language,
+}
 BY_TASK: dict[str, Objective] = {
     "ForAudioClassification": _classes,
     "ForCausalLM": _next_token,
@@ -127,6 +131,11 @@ BY_NAME: dict[str, Objective] = {
     "BertForPreTraining": _words_and_pair,
     # Their labels are not shifted: they are what the decoder should write, beside what it reads.
     "BartForCausalLM": _classes,
+    "BlenderbotForCausalLM": _classes,
+    "BlenderbotSmallForCausalLM": _classes,
+    "MBartForCausalLM": _classes,
+    "MarianForCausalLM": _classes,
+    "PegasusForCausalLM": _classes,
     "WhisperForCausalLM": _classes,
     "CLIPModel": _pairs,
     "Wav2Vec2ForPreTraining": speech.pretraining_objective,
