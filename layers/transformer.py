@@ -21,7 +21,7 @@ from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
-from formax.core.spec import At, Spec, Tied, fold, normal, optional
+from formax.core.spec import At, Spec, Tied, fold, normal, optional, stack_of
 from formax.layers import embed, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
 from formax.layers.attention import attention_spec, causal_mask, cross_attention, from_attention_mask, self_attention
@@ -93,6 +93,16 @@ def block_spec(c: Any, part: str, *, bias: bool | str = True) -> dict[str, Spec]
     if part == "decoder":
         spec |= {"cross": At("encoder_attn", attn), "cross_norm": norm_spec("encoder_attn_layer_norm")}
     return spec
+
+
+def layers_spec(c: Any, part: str) -> tuple[Spec, ...]:
+    """All layers of the encoder or the decoder."""
+    return stack_of("layers", [block_spec(c, part)] * getattr(c, f"{part}_layers"))
+
+
+def positions_spec(c: Any, rows: int) -> Spec:
+    """A table of learned positions."""
+    return embed.embedding_spec("embed_positions", rows, c.d_model, init=normal(c.init_std), axes=(None, "embed"))
 
 
 def post_norm(p: Any, x: jax.Array, part: Any, rate: float, key: Any) -> Any:

@@ -304,9 +304,12 @@ def test_aliases(tmp_path: Path, name: str) -> None:
     assert formax.from_pretrained(tmp_path / "saved").architecture.name == "BertModel"
 
 
-@pytest.mark.parametrize(
-    ("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "there are bart, bert, bert-japanese")]
-)
+@pytest.mark.parametrize("name", registry.ALIASES)
+def test_every_alias_is_a_family(name: str) -> None:
+    assert registry.family(name).model_type == registry.ALIASES[name]
+
+
+@pytest.mark.parametrize(("name", "hint"), [("brt", "nearest are bert"), ("zzzzzz", "; there are ")])
 def test_a_model_type_that_nobody_knows(tmp_path: Path, name: str, hint: str) -> None:
     written(tmp_path, model_type=name)
     for opens in (

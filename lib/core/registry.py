@@ -13,14 +13,21 @@ from formax.core.family import Family
 MODULES = {
     "bart": "formax.models.text.bart",
     "bert": "formax.models.text.bert",
+    "blenderbot": "formax.models.text.blenderbot",
+    "blenderbot-small": "formax.models.text.blenderbot_small",
     "clip": "formax.models.multimodal.clip",
     "clip_text_model": "formax.models.multimodal.clip:TEXT",
     "clip_vision_model": "formax.models.multimodal.clip:VISION",
     "detr": "formax.models.vision.detr",
     "gpt2": "formax.models.text.gpt2",
     "llama": "formax.models.text.llama",
+    "longt5": "formax.models.text.longt5",
     "mamba": "formax.models.text.mamba",
+    "marian": "formax.models.text.marian",
+    "mbart": "formax.models.text.mbart",
     "mixtral": "formax.models.text.mixtral",
+    "mt5": "formax.models.text.mt5",
+    "pegasus": "formax.models.text.pegasus",
     "resnet": "formax.models.vision.resnet",
     "t5": "formax.models.text.t5",
     "vit": "formax.models.vision.vit",
@@ -30,8 +37,17 @@ MODULES = {
 
 # Model types of checkpoints (or names of families) that are another family under a different tokenizer.
 ALIASES = {
+    "barthez": "bart",
+    "bartpho": "mbart",
     "bert-japanese": "bert",
+    "byt5": "t5",
+    "flan-t5": "t5",
+    "flan-ul2": "t5",
     "herbert": "bert",
+    "mbart50": "mbart",
+    "t5v1.1": "t5",
+    "tapex": "bart",
+    "ul2": "t5",
 }
 
 _registered: dict[str, Family] = {}

@@ -15,7 +15,7 @@ from formax.core import tap
 from formax.core.config import config
 from formax.core.family import Family, Port
 from formax.core.frozen import FrozenDict
-from formax.core.spec import Ignored, Spec, normal, stack_of
+from formax.core.spec import Ignored, Spec
 from formax.layers import embed, norm, seq2seq, seq2seq_heads, transformer
 from formax.layers.dropout import dropout
 from formax.layers.transformer import EPS, FLAX_INPUTS, TransformerConfig, post_norm
@@ -54,11 +54,12 @@ class BartConfig(TransformerConfig):
 
 def part_spec(c: BartConfig, part: str) -> dict[str, Spec]:
     """Positions, first norm and layers of the encoder or the decoder."""
-    rows, init = c.max_position_embeddings + OFFSET, normal(c.init_std)
-    position = embed.embedding_spec("embed_positions", rows, c.d_model, init=init, axes=(None, "embed"))
     return {
-        "embed": {"position": position, "norm": norm.layer_spec("layernorm_embedding", c.d_model)},
-        "layers": stack_of("layers", [transformer.block_spec(c, part)] * getattr(c, f"{part}_layers")),
+        "embed": {
+            "position": transformer.positions_spec(c, c.max_position_embeddings + OFFSET),
+            "norm": norm.layer_spec("layernorm_embedding", c.d_model),
+        },
+        "layers": transformer.layers_spec(c, part),
         "version": Ignored("version"),
     }
 

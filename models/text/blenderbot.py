@@ -13,7 +13,7 @@ import jax
 from formax.core import tap
 from formax.core.config import config
 from formax.core.family import Family, Port
-from formax.core.spec import Ignored, Spec, normal, stack_of
+from formax.core.spec import Spec
 from formax.layers import embed, norm, seq2seq, seq2seq_heads, transformer
 from formax.layers.dropout import dropout
 from formax.layers.transformer import FLAX_INPUTS, TransformerConfig, pre_norm
@@ -58,15 +58,10 @@ class BlenderbotConfig(TransformerConfig):
 
 def part_spec(c: BlenderbotConfig, part: str) -> dict[str, Spec]:
     """Positions, layers and last norm of the encoder or the decoder."""
-    init = normal(c.init_std)
-    rows = c.max_position_embeddings
     return {
-        "embed": {
-            "position": embed.embedding_spec("embed_positions", rows, c.d_model, init=init, axes=(None, "embed"))
-        },
-        "layers": stack_of("layers", [transformer.block_spec(c, part)] * getattr(c, f"{part}_layers")),
+        "embed": {"position": transformer.positions_spec(c, c.max_position_embeddings)},
+        "layers": transformer.layers_spec(c, part),
         "norm": norm.layer_spec("layer_norm", c.d_model),
-        "version": Ignored("version"),
     }
 
 

@@ -46,9 +46,13 @@ class BlenderbotSmallConfig(blenderbot.BlenderbotConfig):
 
 def part_spec(c: BlenderbotSmallConfig, part: str) -> dict[str, Spec]:
     """Positions, first norm and layers of the encoder or the decoder."""
-    spec = blenderbot.part_spec(c, part)
-    del spec["norm"]
-    return spec | {"embed": {**spec["embed"], "norm": norm.layer_spec("layernorm_embedding", c.d_model)}}
+    return {
+        "embed": {
+            "position": transformer.positions_spec(c, c.max_position_embeddings),
+            "norm": norm.layer_spec("layernorm_embedding", c.d_model),
+        },
+        "layers": transformer.layers_spec(c, part),
+    }
 
 
 def embeddings(p: Any, c: BlenderbotSmallConfig, part: str, ids: Any, vectors: Any, offset: Any, key: Any) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
-from formax.core.spec import At, Ignored, Spec, Tied, normal, stack_of
+from formax.core.spec import At, Ignored, Spec, Tied, normal
 from formax.layers import embed, heads, seq2seq, seq2seq_heads, transformer
 from formax.layers.linear import linear, linear_spec
 from formax.layers.transformer import FLAX_INPUTS, post_norm
@@ -47,8 +47,7 @@ class MarianConfig(pegasus.PegasusConfig):
 
 def part_spec(c: MarianConfig, part: str) -> dict[str, Spec]:
     """Positions and layers of the encoder or the decoder."""
-    layers = stack_of("layers", [transformer.block_spec(c, part)] * getattr(c, f"{part}_layers"))
-    return {"embed": {"position": pegasus.waves_spec(c)}, "layers": layers}
+    return {"embed": {"position": pegasus.waves_spec(c)}, "layers": transformer.layers_spec(c, part)}
 
 
 def unplaced_spec(c: MarianConfig, part: str) -> dict[str, Spec]:

@@ -13,7 +13,7 @@ import jax
 from formax.core import tap
 from formax.core.config import config
 from formax.core.family import Family, Port
-from formax.core.spec import At, Param, Spec, stack_of
+from formax.core.spec import At, Param, Spec
 from formax.layers import embed, norm, seq2seq, seq2seq_heads, transformer
 from formax.layers.dropout import dropout
 from formax.layers.transformer import FLAX_INPUTS, TransformerConfig, pre_norm
@@ -55,7 +55,7 @@ def part_spec(c: PegasusConfig, part: str) -> dict[str, Spec]:
     """Positions, layers and last norm of the encoder or the decoder."""
     return {
         "embed": {"position": waves_spec(c)},
-        "layers": stack_of("layers", [transformer.block_spec(c, part)] * getattr(c, f"{part}_layers")),
+        "layers": transformer.layers_spec(c, part),
         "norm": norm.layer_spec("layer_norm", c.d_model),
     }
 
