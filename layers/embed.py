@@ -83,6 +83,17 @@ def paired_sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Ar
     return jnp.asarray(both[:, :size], dtype)
 
 
+def waves(key: jax.Array | None, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Sines, then cosines, of the waves of Vaswani et al. 2017 at positions 0, 1, ...: [positions, size].
+
+    An initialiser. The waves are from 2 pi to almost 20000 pi long, where those of `sinusoids` end at that; of an odd
+    size one more is a sine. Angles are in double precision, as far positions turn many times.
+    """
+    rows, size = shape
+    angles = np.arange(rows)[:, None] * 10000.0 ** (-2 * np.arange((size + 1) // 2) / size)
+    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles[:, : size // 2])], axis=1), dtype)
+
+
 def check_inputs(
     input_ids: jax.Array | None, inputs_embeds: jax.Array | None, limit: int | None, prefix: str = ""
 ) -> None:

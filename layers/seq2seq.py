@@ -71,6 +71,32 @@ def after_start(c: Any, input_ids: Any) -> jax.Array:
     return shift_right(input_ids, c.decoder_start_token_id, c.pad_token_id)
 
 
+def wrap_right(ids: jax.Array, pad: int | None) -> jax.Array:
+    """What a decoder reads in order to write `ids` [B, T] that end with their language: that token, then the others.
+
+    The last of them is told by counting those that are no padding, which must stand at the end; -100 is padding, too.
+
+    Raises:
+        ValueError: no token for padding.
+    """
+    if pad is None:
+        raise ValueError("the decoder's inputs are made from other ids, for which the configuration needs pad_token_id")
+    ids = jnp.where(ids == -100, pad, ids)
+    last = (ids != pad).sum(1, keepdims=True) - 1
+    return jnp.concatenate([jnp.take_along_axis(ids, last, axis=1), ids[:, :-1]], axis=1)
+
+
+def after_language(c: Any, input_ids: Any) -> jax.Array:
+    """What a decoder reads that is to write the text again, whose last token is its language: `wrap_right`.
+
+    Raises:
+        ValueError: no text, or no token for padding.
+    """
+    if input_ids is None:
+        raise ValueError("without input_ids the decoder needs decoder_input_ids or decoder_inputs_embeds")
+    return wrap_right(input_ids, c.pad_token_id)
+
+
 def both(
     encode: Callable[..., BaseModelOutput],
     decode: Callable[..., Any],
@@ -83,7 +109,8 @@ def both(
         encode: `encode(p, c, input_ids, attention_mask, inputs_embeds, key)`.
         decode: `decode(p, c, input_ids, attention_mask, encoder_hidden_states, encoder_attention_mask, inputs_embeds,
             cache, key)`.
-        shifted: `shifted(c, input_ids)` makes the decoder's ids where it has no inputs of its own (`after_start`);
+        shifted: `shifted(c, input_ids)` makes the decoder's ids where it has no inputs of its own (`after_start`,
+            `after_language`);
             None where it must have some.
     """
 

@@ -47,16 +47,42 @@ def conditional_generation(run: Run, logits: Callable[[Any, Any, jax.Array], jax
     return apply
 
 
-def bias_spec(c: Any) -> dict[str, Spec]:
-    """A bias for every word that is stored as a buffer and that not every checkpoint has; see `biased_words`."""
-    row = Reshape((1, c.vocab_size))
-    return {"bias": Param((c.vocab_size,), ("vocab",), "final_logits_bias", layout=row, optional=True, buffer=True)}
+def bias_spec(c: Any, size: int | None = None) -> dict[str, Spec]:
+    """A bias for every word that is stored as a buffer and that not every checkpoint has; see `biased_words`.
+
+    `size` is the number of words, the configuration's vocabulary by default.
+    """
+    size = c.vocab_size if size is None else size
+    row = Reshape((1, size))
+    return {"bias": Param((size,), ("vocab",), "final_logits_bias", layout=row, optional=True, buffer=True)}
 
 
 def biased_words(p: Any, c: Any, x: jax.Array) -> jax.Array:
     """Scores of all words, with a bias for each: [B, T, E] -> [B, T, V]."""
     logits = heads.lm_logits(p, x)
     return logits + p["bias"].astype(logits.dtype)
+
+
+def word_heads(
+    name: str, spec: Callable[[Any], dict[str, Spec]], run: Run, *, also: tuple[str, ...] = (), **more: Any
+) -> tuple[Architecture, ...]:
+    """The bare model and `...ForConditionalGeneration`, stored as BART's.
+
+    Args:
+        name: what the class names begin with.
+        spec: of the bare model, which is called "model" beside a head.
+        run: see above.
+        also: further tasks of the head.
+        **more: what else is to be said of both.
+    """
+    words, apply = (
+        heads.with_heads("model", spec, heads.lm_head(), bias_spec),
+        conditional_generation(run, biased_words),
+    )
+    return (
+        Architecture(f"{name}Model", "", spec, run, **more),
+        Architecture(f"{name}ForConditionalGeneration", "ForSeq2SeqLM", words, apply, also=also, **more),
+    )
 
 
 def labels_spec(size: int, labels: int, *, init: Initializer, name: str = "classification_head") -> dict[str, Spec]:

@@ -21,13 +21,22 @@ from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
-from formax.core.spec import At, Spec, Tied, fold, normal, optional
+from formax.core.spec import At, Spec, Tied, fold, normal, optional, stack_of
 from formax.layers import embed, mlp, norm, seq2seq
 from formax.layers.activations import check_activation
 from formax.layers.attention import attention_spec, causal_mask, cross_attention, from_attention_mask, self_attention
 from formax.layers.dropout import dropout, layer_drop
 
 EPS = 1e-5  # of all norms
+# What Flax's classes of texts are called with, in their order.
+FLAX_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "position_ids",
+    "decoder_position_ids",
+)
 
 Around = Callable[..., Any]
 Embeddings = Callable[..., jax.Array]
@@ -84,6 +93,16 @@ def block_spec(c: Any, part: str, *, bias: bool | str = True) -> dict[str, Spec]
     if part == "decoder":
         spec |= {"cross": At("encoder_attn", attn), "cross_norm": norm_spec("encoder_attn_layer_norm")}
     return spec
+
+
+def layers_spec(c: Any, part: str) -> tuple[Spec, ...]:
+    """All layers of the encoder or the decoder."""
+    return stack_of("layers", [block_spec(c, part)] * getattr(c, f"{part}_layers"))
+
+
+def positions_spec(c: Any, rows: int) -> Spec:
+    """A table of learned positions."""
+    return embed.embedding_spec("embed_positions", rows, c.d_model, init=normal(c.init_std), axes=(None, "embed"))
 
 
 def post_norm(p: Any, x: jax.Array, part: Any, rate: float, key: Any) -> Any:
@@ -153,15 +172,26 @@ def init_cache(c: Any, batch: int, length: int, encoder_length: int, dtype: Any)
 
 # --- texts
 
+SHARED = Tied("embed_tokens.weight", "embed.word.embedding")
+
 
 def text_spec(part_spec: Callable[[Any, str], dict[str, Spec]], c: Any) -> dict[str, Spec]:
     """Words, encoder and decoder. Untied, both have words of their own, and the shared ones are kept and never read."""
-    table = partial(embed.embedding_spec, rows=c.vocab_size, size=c.d_model, init=normal(c.init_std))
-    own = replace(table("embed_tokens"), flax="", tf="")
-    word = Tied("embed_tokens.weight", "embed.word.embedding") if c.tie_word_embeddings else own
-    spec: dict[str, Spec] = {"embed": {"word": replace(table("shared"), tf="/model.shared")}}
+    table = embed.embedding_spec("embed_tokens", c.vocab_size, c.d_model, init=normal(c.init_std))
+    own = optional(replace(table, flax="", tf=""))
+    return _text_spec(part_spec, c, SHARED if c.tie_word_embeddings else own)
+
+
+def one_table_spec(part_spec: Callable[[Any, str], dict[str, Spec]], c: Any) -> dict[str, Spec]:
+    """Words, encoder and decoder, which read the same words also where the head has a table of its own."""
+    return _text_spec(part_spec, c, SHARED)
+
+
+def _text_spec(part_spec: Callable[[Any, str], dict[str, Spec]], c: Any, word: Spec) -> dict[str, Spec]:
+    shared = embed.embedding_spec("shared", c.vocab_size, c.d_model, init=normal(c.init_std))
+    spec: dict[str, Spec] = {"embed": {"word": replace(shared, tf="/model.shared")}}
     for part in ("encoder", "decoder"):
-        spec[part] = At(part, part_spec(c, part) | {"word": optional(word)})
+        spec[part] = At(part, part_spec(c, part) | {"word": word})
     return spec
 
 
@@ -172,17 +202,21 @@ def lone_decoder_spec(part_spec: Callable[[Any, str], dict[str, Spec]], c: Any) 
     return {"embed": {"word": word, "shared": shared}, "decoder": At("decoder", part_spec(c, "decoder"))}
 
 
-def words(p: Any, c: Any, part: str, ids: Any, vectors: Any, limit: int | None) -> jax.Array:
-    """Vectors of words, scaled where the configuration says so: ids [B, T] -> [B, T, E]; given ones as they are.
+def plain_words(p: Any, part: str, ids: Any, vectors: Any, limit: int | None) -> jax.Array:
+    """Vectors of words: ids [B, T] -> [B, T, E]; given ones as they are.
 
     Raises:
         ValueError: not exactly one of ids and vectors, or more positions than the `limit`.
     """
     embed.check_inputs(ids, vectors, limit, "decoder_" if part == "decoder" and "encoder" in p else "")
-    if vectors is not None:
-        return vectors
-    scale = c.d_model**0.5 if c.scale_embedding else 1.0
-    return embed.embed(p[part].get("word", p["embed"]["word"]), ids) * scale
+    own = p[part] if "word" in p[part] else p["embed"]
+    return embed.embed(own["word"], ids) if vectors is None else vectors
+
+
+def words(p: Any, c: Any, part: str, ids: Any, vectors: Any, limit: int | None) -> jax.Array:
+    """`plain_words`, of which those of ids are scaled where the configuration says so."""
+    x = plain_words(p, part, ids, vectors, limit)
+    return x * c.d_model**0.5 if c.scale_embedding and vectors is None else x
 
 
 def text_encoder(embeddings: Embeddings, around: Around) -> Callable[..., BaseModelOutput]:

@@ -471,7 +471,7 @@ _compiled_forward = jax.jit(_forward, static_argnums=(4, 5, 6, 7, 8))
 
 
 def _head_factors(name: str, factors: jax.Array) -> Callable[[jax.Array, Any], jax.Array]:
-    """The intervention that multiplies attention weights [B, H, T, S] by `factors`, [heads] or [layers, heads]."""
+    """The intervention that multiplies attention weights [B, H, ...] by `factors`, [heads] or [layers, heads]."""
     if factors.ndim not in (1, 2):
         raise ValueError(f"{name} must be [heads] or [layers, heads], got shape {factors.shape}")
 
@@ -479,7 +479,7 @@ def _head_factors(name: str, factors: jax.Array) -> Callable[[jax.Array, Any], j
         row = factors if factors.ndim == 1 else factors[layer]
         if len(row) != weights.shape[1]:
             raise ValueError(f"{name} {factors.shape} is for {len(row)} heads, there are {weights.shape[1]}")
-        return weights * row[None, :, None, None].astype(weights.dtype)
+        return weights * row.reshape(-1, *[1] * (weights.ndim - 2)).astype(weights.dtype)
 
     return masked
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core.family import Architecture
-from formax.layers.seq2seq import shift_right
+from formax.layers import seq2seq
 from formax.model import Model
 from formax.training import detection, losses, speech
 
@@ -49,10 +49,11 @@ def inputs_of(architecture: Architecture, config: Any, batch: Batch) -> dict[str
     reads = {"decoder_input_ids", "decoder_inputs_embeds"}
     writes = architecture.task in ("ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForVision2Seq")
     if writes and "labels" in batch and not reads & inputs.keys():
-        start, pad = config.decoder_start_token_id, config.pad_token_id
-        ids = inputs["decoder_input_ids"] = shift_right(jnp.asarray(batch["labels"]), start, pad)
+        shifted = SHIFTS.get(config.model_type, seq2seq.after_start)
+        ids = inputs["decoder_input_ids"] = shifted(config, jnp.asarray(batch["labels"]))
         if config.model_type == "encoder-decoder" and "decoder_attention_mask" not in inputs:
-            inputs["decoder_attention_mask"] = (ids != pad).astype(jnp.int32)  # there nobody looks at ignored labels
+            # there nobody looks at ignored labels
+            inputs["decoder_attention_mask"] = (ids != config.pad_token_id).astype(jnp.int32)
     return inputs
 
 
@@ -130,6 +131,10 @@ def _objects(out: Any, c: Any, batch: Batch) -> jax.Array:
     return detection.set_loss(out, c, real=real, **targets)[0]
 
 
+# Families whose decoders start otherwise than with one token for all.
+SHIFTS: dict[str, Callable[[Any, jax.Array], jax.Array]] = {
+    "mbart": seq2seq.after_language,
+}
 BY_TASK: dict[str, Objective] = {
     "ForAudioClassification": _classes,
     "ForCausalLM": _next_token,
@@ -160,6 +165,11 @@ BY_NAME: dict[str, Objective] = {
     # Their labels are not shifted: they are what the decoder should write, beside what it reads.
     "BartForCausalLM": _classes,
     "BeitForMaskedImageModeling": _masked_patches,
+    "BlenderbotForCausalLM": _classes,
+    "BlenderbotSmallForCausalLM": _classes,
+    "MBartForCausalLM": _classes,
+    "MarianForCausalLM": _classes,
+    "PegasusForCausalLM": _classes,
     "WhisperForCausalLM": _classes,
     "CLIPModel": _pairs,
     "VisionTextDualEncoderModel": _pairs,

@@ -13,12 +13,12 @@ import jax
 
 from formax.core import tap
 from formax.core.config import config
-from formax.core.family import Architecture, Family, Port
+from formax.core.family import Family, Port
 from formax.core.frozen import FrozenDict
-from formax.core.spec import Ignored, Spec, normal, stack_of
-from formax.layers import embed, heads, norm, seq2seq, seq2seq_heads, transformer
+from formax.core.spec import Ignored, Spec
+from formax.layers import embed, norm, seq2seq, seq2seq_heads, transformer
 from formax.layers.dropout import dropout
-from formax.layers.transformer import EPS, TransformerConfig, post_norm
+from formax.layers.transformer import EPS, FLAX_INPUTS, TransformerConfig, post_norm
 
 OFFSET = 2  # the position table's first rows are not positions
 
@@ -54,11 +54,12 @@ class BartConfig(TransformerConfig):
 
 def part_spec(c: BartConfig, part: str) -> dict[str, Spec]:
     """Positions, first norm and layers of the encoder or the decoder."""
-    rows, init = c.max_position_embeddings + OFFSET, normal(c.init_std)
-    position = embed.embedding_spec("embed_positions", rows, c.d_model, init=init, axes=(None, "embed"))
     return {
-        "embed": {"position": position, "norm": norm.layer_spec("layernorm_embedding", c.d_model)},
-        "layers": stack_of("layers", [transformer.block_spec(c, part)] * getattr(c, f"{part}_layers")),
+        "embed": {
+            "position": transformer.positions_spec(c, c.max_position_embeddings + OFFSET),
+            "norm": norm.layer_spec("layernorm_embedding", c.d_model),
+        },
+        "layers": transformer.layers_spec(c, part),
         "version": Ignored("version"),
     }
 
@@ -78,12 +79,8 @@ encode = transformer.text_encoder(embeddings, post_norm)
 decode = transformer.text_decoder(embeddings, post_norm)
 run_both = seq2seq.both(encode, decode, shifted=seq2seq.after_start)  # a decoder without inputs reads the text, too
 
-words_spec = heads.with_heads("model", model_spec, heads.lm_head(), seq2seq_heads.bias_spec)
-conditional_generation = seq2seq_heads.conditional_generation(run_both, seq2seq_heads.biased_words)
-
 _methods = {"encode": encode}
 _BOTH = ("ForConditionalGeneration", "ForSequenceClassification")
-_IDS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
 FAMILY = Family(
     "bart",
@@ -92,21 +89,15 @@ FAMILY = Family(
     inputs=run_both,
     init_cache=transformer.init_cache,
     architectures=(
-        Architecture("BartModel", "", model_spec, run_both, methods=_methods),
-        Architecture(
-            "BartForConditionalGeneration",
-            "ForSeq2SeqLM",
-            words_spec,
-            conditional_generation,
-            also=("ForMaskedLM", "ForPreTraining"),
-            methods=_methods,
+        *seq2seq_heads.word_heads(
+            "Bart", model_spec, run_both, also=("ForMaskedLM", "ForPreTraining"), methods=_methods
         ),
         *seq2seq_heads.label_heads("Bart", "model", model_spec, run_both, methods=_methods),
         seq2seq_heads.lone_decoder("Bart", "model", decoder_spec, decode),
     ),
     flax=Port(
         tuple(f"Bart{head}" for head in ("Model", *_BOTH, "ForQuestionAnswering", "ForCausalLM")),
-        inputs=(*_IDS, "position_ids", "decoder_position_ids", "encoder_hidden_states", "encoder_attention_mask"),
+        inputs=(*FLAX_INPUTS, "encoder_hidden_states", "encoder_attention_mask"),
     ),
     tf=Port(tuple(f"Bart{head}" for head in ("Model", *_BOTH)), numbered="."),
 )

@@ -170,8 +170,9 @@ def test_decoding_with_a_cache_is_the_full_forward(golden: Golden, tmp_path: Pat
 @pytest.mark.parametrize("golden", one_each(), ids=str)
 def test_gradients_are_finite_and_not_zero(golden: Golden, tmp_path: Path) -> None:
     model, _ = golden.open(tmp_path)
+    inputs = golden.inputs
 
-    gradient = jax.jit(jax.grad(lambda model: weighted(model(**golden.inputs))))
+    gradient = jax.jit(jax.grad(lambda model: weighted(model(**inputs))))
     found = specs.flatten(gradient(model).params)
     invisible = golden.hooks.INVISIBLE
     dead = unread(golden, None)

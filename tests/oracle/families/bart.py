@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from oracle.bart_line import INSIDE, LEFT, MEMORY, PADDED, PAIR, SEEN, SIZES, WRITTEN, shifted, text
 from oracle.cases import (
     TRACES,
     VOCAB,
@@ -36,32 +37,6 @@ from oracle.cases import (
 )
 from oracle.families import Bug, Case
 
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "d_model": 36,
-    "encoder_layers": 3,
-    "encoder_attention_heads": 4,
-    "encoder_ffn_dim": 53,
-    "decoder_layers": 2,
-    "decoder_attention_heads": 3,
-    "decoder_ffn_dim": 47,
-    "max_position_embeddings": 40,
-    "pad_token_id": 3,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 5,
-}
-
-
-def text(name: str, *lengths: int, left: bool = False) -> Tensors:
-    """Returns what the encoder reads: token ids and their padding mask, `[rows, T]`, without special tokens."""
-    seen = mask(*lengths, left=left)
-    return {"input_ids": np.where(seen, ids(f"{name}.input_ids", *seen.shape, low=6), 3), "attention_mask": seen}
-
-
-PADDED = text("padded", 25, 17)
-LEFT = text("left", 25, 18, left=True)
-WRITTEN = written("written")
-PAIR = PADDED | WRITTEN
 # The state at the last end-of-text token is classified: two in every row, in different places.
 ENDED = {
     "input_ids": PADDED["input_ids"].copy(),
@@ -69,9 +44,6 @@ ENDED = {
 }
 ENDED["input_ids"][[0, 0, 1, 1], [9, 24, 5, 16]] = SIZES["eos_token_id"]
 STATES = floats("encoder_outputs", 1, 2, 13, 36)  # the reference takes a tuple, of which this array is the first
-MEMORY = {"encoder_hidden_states": floats("memory", 2, 13, 36), "encoder_attention_mask": mask(13, 8, width=13)}
-SEEN = ("last_hidden_state", "encoder_last_hidden_state")
-INSIDE = ("encoder_hidden_states", "encoder_attentions", "decoder_hidden_states", "decoder_attentions")
 
 # ---- the five heads, each with its loss ------------------------------------------------------------------------------
 
@@ -373,17 +345,6 @@ CASES = HEADS + INPUTS + CONFIGS + CHECKPOINTS
 # ---- mistakes that the cases above must show -------------------------------------------------------------------------
 
 
-def _shifted(name: str, pad: int, start: int) -> Any:
-    """Gives the decoder that input, shifted."""
-
-    def apply(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
-        source = inputs[name]
-        shifted = np.concatenate([np.full_like(source[:, :1], start), source[:, :-1]], axis=1)
-        inputs["decoder_input_ids"] = np.where(shifted == -100, pad, shifted)
-
-    return apply
-
-
 def _not_shifted(config: dict[str, Any], tensors: Tensors, inputs: Tensors) -> None:
     inputs["decoder_input_ids"] = inputs["input_ids"].copy()
 
@@ -489,12 +450,12 @@ BUGS = (
     Bug(
         "decoder starts with the end",
         ("question_answering", "sequence_classification"),
-        _shifted("input_ids", 3, 2),
+        shifted(2, name="input_ids"),
     ),
     Bug(
         "labels that do not count read as the end",
         ("conditional_generation",),
-        _shifted("labels", 2, 5),
+        shifted(5, pad=2),
         outputs=("logits",),
     ),
     Bug("words not scaled", ("scaled", "causal_lm_untied"), configure(scale_embedding=False)),
