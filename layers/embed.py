@@ -72,26 +72,21 @@ def waves(positions: jax.Array, size: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def paired_sinusoids(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """The positions of Vaswani et al. 2017, sine and cosine of every rate side by side: [positions, size].
+def vaswani(key: jax.Array | None, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """The positions of Vaswani et al. 2017, all sines before all cosines: [positions, size]. An initialiser.
 
-    An initialiser; rates fall from 1 to almost 1/10000.
-    """
-    rows, size = shape
-    angles = np.arange(rows)[:, None] / 10000 ** (np.arange(0, size, 2) / size)
-    both = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(rows, -1)
-    return jnp.asarray(both[:, :size], dtype)
-
-
-def waves(key: jax.Array | None, shape: Sequence[int], dtype: Any) -> jax.Array:
-    """Sines, then cosines, of the waves of Vaswani et al. 2017 at positions 0, 1, ...: [positions, size].
-
-    An initialiser. The waves are from 2 pi to almost 20000 pi long, where those of `sinusoids` end at that; of an odd
-    size one more is a sine. Angles are in double precision, as far positions turn many times.
+    The waves are from 2 pi to almost 20000 pi long, where those of `sinusoids` end at that; of an odd size one more is
+    a sine. Angles are in double precision, as far positions turn many times.
     """
     rows, size = shape
     angles = np.arange(rows)[:, None] * 10000.0 ** (-2 * np.arange((size + 1) // 2) / size)
     return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles[:, : size // 2])], axis=1), dtype)
+
+
+def vaswani_in_pairs(key: jax.Array | None, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """The same as the paper has them, sine and cosine of every wave side by side. An initialiser."""
+    rows, size = shape
+    return vaswani(key, (rows, size), dtype)[:, np.argsort(np.r_[0:size:2, 1:size:2])]
 
 
 def check_inputs(

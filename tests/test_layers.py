@@ -248,7 +248,7 @@ def test_embeddings_and_their_transpose() -> None:
 
 
 def test_positions_as_waves() -> None:
-    table = np.asarray(embed.paired_sinusoids(jax.random.key(0), (7, 10), jnp.float32))
+    table = np.asarray(embed.vaswani_in_pairs(jax.random.key(0), (7, 10), jnp.float32))
     for position, channel in ((0, 0), (3, 4), (6, 9)):
         angle = position / 10000 ** (2 * (channel // 2) / 10)
         expected = math.cos(angle) if channel % 2 else math.sin(angle)

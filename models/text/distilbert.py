@@ -98,7 +98,7 @@ def model_spec(c: DistilBertConfig) -> dict[str, Spec]:
         "position": table(
             "position_embeddings",
             c.max_position_embeddings,
-            init=embed.paired_sinusoids if c.sinusoidal_pos_embds else init,
+            init=embed.vaswani_in_pairs if c.sinusoidal_pos_embds else init,
             axes=(None, "embed"),
         ),
         "norm": norm.layer_spec("LayerNorm", c.dim),

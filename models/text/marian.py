@@ -67,7 +67,7 @@ def whole_spec(make: Any, c: MarianConfig) -> dict[str, Spec]:
 def embeddings(p: Any, c: MarianConfig, part: str, ids: Any, vectors: Any, offset: Any, key: Any) -> jax.Array:
     """Word and position vectors, added: [B, T] -> [B, T, E]; positions are computed where they are not stored."""
     if "embed" not in p[part]:
-        table = embed.waves(None, (c.max_position_embeddings, c.d_model), jnp.float32)
+        table = embed.vaswani(None, (c.max_position_embeddings, c.d_model), jnp.float32)
         p = {**p, part: {**p[part], "embed": {"position": {"embedding": table}}}}
     return pegasus.embeddings(p, c, part, ids, vectors, offset, key)
 

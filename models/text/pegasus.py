@@ -47,7 +47,7 @@ class PegasusConfig(TransformerConfig):
 def waves_spec(c: Any) -> Spec:
     """A table of sines and cosines for positions, stored as a buffer; Flax has none."""
     shape = (c.max_position_embeddings, c.d_model)
-    table = Param(shape, (None, "embed"), "weight", embed.waves, optional=True, buffer=True)
+    table = Param(shape, (None, "embed"), "weight", embed.vaswani, optional=True, buffer=True)
     return At("embed_positions", {"embedding": table}, flax="")
 
 

@@ -36,17 +36,11 @@ class RoFormerConfig(TextEncoderConfig):
         return self.embedding_size or self.hidden_size
 
 
-def _sines(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
-    """The table of positions as it is stored: all sines, then all cosines."""
-    waves = embed.paired_sinusoids(key, shape, dtype)
-    return jnp.concatenate([waves[:, ::2], waves[:, 1::2]], axis=1)
-
-
 def encoder_spec(c: RoFormerConfig) -> dict[str, Spec]:
     """Words and segments, their projection, the table of angles, and layers."""
     tables = {key: part for key, part in text_encoder.embeddings_spec(c).items() if not key.startswith("position")}
     shape = (c.max_position_embeddings, c.head_dim)
-    angles = Param(shape, (None, None), "encoder.embed_positions.weight", _sines, buffer=True, flax="")
+    angles = Param(shape, (None, None), "encoder.embed_positions.weight", embed.vaswani, buffer=True, flax="")
     return {**electra.projected_spec(c), "embed": At("embeddings", tables), "angles": {"embedding": angles}}
 
 
