@@ -77,11 +77,15 @@ ALIASES = {
     "llama3": "llama",
     "mbart50": "mbart",
     "megatron_gpt2": "gpt2",
+    "mms": "wav2vec2",
     "phobert": "roberta",
     "t5v1.1": "t5",
     "tapex": "bart",
     "ul2": "t5",
+    "wav2vec2_phoneme": "wav2vec2",
     "xlm-v": "xlm-roberta",
+    "xls_r": "wav2vec2",
+    "xlsr_wav2vec2": "wav2vec2",
 }
 
 _registered: dict[str, Family] = {}
