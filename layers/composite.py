@@ -7,8 +7,8 @@ and `params["decoder"]`, each as its family has it; `params["bridge"]` maps stat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import field
+from collections.abc import Container, Mapping
+from dataclasses import field, replace
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ from formax.core import registry, tap
 from formax.core.config import Config, ConfigError, config
 from formax.core.family import Architecture, Family
 from formax.core.outputs import BaseModelOutput, Seq2SeqLogitsOutput
-from formax.core.spec import At, Spec, inside, normal
+from formax.core.spec import At, Param, Path, Spec, Tied, dotted, inside, normal, table
 from formax.layers.linear import linear, linear_spec
 
 
@@ -64,11 +64,11 @@ class EncoderDecoderConfig(CompositeConfig):
     """An `encoder` and a `decoder`."""
 
     sub_configs: ClassVar = {"encoder": AnyConfig, "decoder": AnyConfig}
-    implemented: ClassVar = {"tie_encoder_decoder": (False,)}
 
     encoder: Config = field(default_factory=bert)
     decoder: Config = field(default_factory=lambda: bert(is_decoder=True, add_cross_attention=True))
     is_encoder_decoder: bool = True
+    tie_encoder_decoder: bool = False
 
     def check(self) -> None:
         if self.encoder.is_encoder_decoder:
@@ -128,8 +128,11 @@ def _family(c: Config) -> Family:
 
 def model_spec(c: EncoderDecoderConfig) -> dict[str, Spec]:
     """Both, and the map between them if their sizes differ."""
-    parts = {"encoder": reader(c.encoder).spec(c.encoder), "decoder": writer(c.decoder).spec(c.decoder)}
-    spec: dict[str, Spec] = {name: At(name, inside(name, part)) for name, part in parts.items()}
+    own = writer(c.decoder).spec(c.decoder)
+    reads, writes = inside("encoder", reader(c.encoder).spec(c.encoder)), inside("decoder", own)
+    if c.tie_encoder_decoder:
+        reads = shared(reads, {entry.path for entry in table(own).entries})
+    spec: dict[str, Spec] = {"encoder": At("encoder", reads), "decoder": At("decoder", writes)}
     if c.has_bridge:
         init = normal(getattr(c.encoder, "initializer_range", 0.02))
         sizes = size_of(c.encoder), size_of(c.decoder)
@@ -137,11 +140,32 @@ def model_spec(c: EncoderDecoderConfig) -> dict[str, Spec]:
     return spec
 
 
+def shared(spec: Spec, held: Container[Path], path: Path = ()) -> Spec:
+    """An encoder's spec without what the decoder has at the same paths: its names stand for the decoder's leaves."""
+    if isinstance(spec, Param):
+        return Tied(spec.name, f"decoder.{dotted(path)}") if path in held else spec
+    if isinstance(spec, At):
+        return replace(spec, spec=shared(spec.spec, held, path))
+    if isinstance(spec, Mapping):
+        return {key: shared(part, held, (*path, key)) for key, part in spec.items()}
+    return tuple(shared(part, held, (*path, i)) for i, part in enumerate(spec)) if isinstance(spec, tuple) else spec
+
+
+def over(own: Any, other: Any) -> Any:
+    """A tree of parameters, and what it lacks from another."""
+    if isinstance(own, Mapping) and isinstance(other, Mapping):
+        return {key: over(own.get(key), other.get(key)) for key in {**other, **own}}
+    if isinstance(own, tuple) and isinstance(other, tuple):
+        return tuple(map(over, own, other))
+    return other if own is None else own
+
+
 def read(p: Any, c: EncoderDecoderConfig, key: Any, **inputs: Any) -> BaseModelOutput:
     """What the encoder makes of its inputs: states [B, S, E]."""
     given = {name: x for name, x in inputs.items() if x is not None}
+    own = over(p.get("encoder"), p["decoder"]) if c.tie_encoder_decoder else p["encoder"]
     with tap.scope("encoder"):
-        return reader(c.encoder).apply(p["encoder"], c.encoder, **given, key=key)
+        return reader(c.encoder).apply(own, c.encoder, **given, key=key)
 
 
 def write(p: Any, c: EncoderDecoderConfig, memory: jax.Array | None, key: Any, **inputs: Any) -> Seq2SeqLogitsOutput:

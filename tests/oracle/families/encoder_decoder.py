@@ -48,6 +48,7 @@ BART: dict[str, Any] = WRITES | {
 }
 START = {"pad_token_id": 0, "decoder_start_token_id": 2}
 TWO_BERTS = START | {"encoder": BERT, "decoder": SAME}
+TIED = START | {"encoder": BERT | {"vocab_size": VOCAB}, "decoder": BERT | WRITES | {"vocab_size": VOCAB}}
 TO_GPT2 = START | {"encoder": BERT, "decoder": GPT2}
 TO_BART = START | {"encoder": BERT, "decoder": BART}
 
@@ -70,6 +71,14 @@ CASES = (
         TWO_BERTS,
         read("labels", T, 17) | {"labels": labels("labels", VOCAB, mask(T, 20))},
         ("loss", "logits"),
+    ),
+    # One BERT that reads and writes: the file has it once, with the decoder; the pooler is the encoder's alone.
+    Case(
+        "tied",
+        "EncoderDecoderModel",
+        TIED | {"tie_encoder_decoder": True},
+        text("tied", T, 17) | written("tied"),
+        ("logits",),
     ),
     Case("bert_gpt2", "EncoderDecoderModel", TO_GPT2, BOTH, ("logits",)),
     # The reference makes a cache of as many layers as BART's encoder would have.
