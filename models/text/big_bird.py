@@ -136,9 +136,11 @@ def encode(
         return sparse_block(p, c, x, mask.keys, drawn, key), cache
 
     blocks = -(-t // c.block_size)
-    sizes = (blocks * c.block_size, c.block_size, c.num_random_blocks, c.num_attention_heads)
-    drawn = [drawn_blocks(*sizes, i, c.max_position_embeddings) for i in range(c.num_hidden_layers)]
-    return fold(sparse, layers, x, key=k_layers, data=None if key is None else tuple(drawn))
+    sizes, drawn = (blocks * c.block_size, c.block_size, c.num_random_blocks), None
+    if key is not None:
+        which = range(c.num_hidden_layers)
+        drawn = tuple(drawn_blocks(*sizes, c.heads_of(i), i, c.max_position_embeddings) for i in which)
+    return fold(sparse, layers, x, key=k_layers, data=drawn)
 
 
 summary, model = text_encoder.summarised(encode), text_encoder.pooled(encode)
