@@ -31,7 +31,7 @@ class Spelling:
 
     Attributes:
         stored: {place in Flax's tree: the leaves of ours that it holds}, in order.
-        counts: leaves that Flax has no place for and that are mere counts.
+        counts: leaves that Flax has no place for: counts, and buffers that never change from what they begin as.
     """
 
     stored: Mapping[Path, list[Entry]]
@@ -78,7 +78,8 @@ class Spelling:
             if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
                 leaf = leaf.astype(dtype)
             out |= {entry.path: entry.param.layout.load(leaf, entry.param.shape) for entry in held}
-        out |= {entry.path: jnp.zeros(entry.param.shape, entry.param.dtype(jnp.float32)) for entry in self.counts}
+        if self.counts:
+            out |= specs.init_entries(self.counts, jax.random.key(0), dtype or jnp.float32)
         return specs.unflatten(out)
 
 

@@ -1,8 +1,10 @@
 """RoFormer: rotary positions of neighbouring channels, narrow word vectors, heads over summaries; the rest is BERT's.
 
-Its table of sines and cosines is a stored parameter, which the reference reads as it stands: here it holds anything.
+Its table of sines and cosines is a stored parameter. The reference reads it as it stands, so that of those that write
+it holds anything; that of the others is the real one, as Flax's classes have no other.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,17 @@ CROSS = DECODER | {"add_cross_attention": True}
 PADDED = text("padded", 25, 17, segments=3)
 MEMORY = {"encoder_hidden_states": floats("memory", 2, 13, 36), "encoder_attention_mask": mask(13, 8, width=13)}
 
-CASES = (
+_angles = np.arange(40)[:, None] / 10000 ** (np.arange(0, 12, 2) / 12)
+TABLE = np.concatenate([np.sin(_angles), np.cos(_angles)], axis=1).astype(np.float32)
+
+
+def real(case: Case) -> Case:
+    """Returns the case with the real table of sines and cosines."""
+    prefix = "" if case.architecture == "RoFormerModel" else "roformer."
+    return replace(case, buffers={f"{prefix}encoder.embed_positions.weight": TABLE})
+
+
+_cases = (
     Case("model", "RoFormerModel", SIZES, PADDED, ("last_hidden_state",)),
     Case(
         "traces",
@@ -72,6 +84,8 @@ CASES = (
     ),
 )
 
+CASES = tuple(case if case.architecture == "RoFormerForCausalLM" else real(case) for case in _cases)
+
 HEADS = ("model", "masked_lm", "causal_lm", "sequence_classification", "multiple_choice", "token_classification")
 QKV = tuple(f"self.{part}.{leaf}" for part in ("query", "key", "value") for leaf in ("weight", "bias"))
 
@@ -90,7 +104,11 @@ def by_halves(rows: Any) -> Any:
 BUGS = (
     Bug("segments forgotten", HEADS, zero("token_type_embeddings.weight")),
     Bug("sines and cosines exchanged", HEADS, change(halves, "embed_positions.weight")),
-    Bug("positions off by one", HEADS, change(lambda table: np.roll(table, 1, 0), "embed_positions.weight")),
+    Bug(
+        "positions off by one",
+        ("causal_lm", "rotary_value"),
+        change(lambda table: np.roll(table, 1, 0), "embed_positions.weight"),
+    ),
     Bug("channels i and i + half turned", HEADS, change(by_halves, *QKV[:4])),
     Bug("query and key exchanged", HEADS, swap("self.query", "self.key", "weight", "bias")),
     Bug("heads split the wrong way round", HEADS, change(heads_last(SIZES["num_attention_heads"]), *QKV)),
