@@ -33,6 +33,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 2,
         "sliding_window": 5,
     },
+    "roberta": {
+        **LAYERS,
+        "intermediate_size": 48,
+        "is_decoder": True,
+        "pad_token_id": 3,
+        "max_position_embeddings": 40,
+    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "bos_token_id": 7},
 }
 # One shape for all engines of a family: their programs are compiled once.
@@ -75,7 +82,7 @@ def one_by_one(engine: Engine, prompt: Any, **settings: Any) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- equal to generate
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "roberta", "mamba"])
 def test_random_requests_at_random_times(family: str) -> None:
     model, rng = model_of(family), np.random.default_rng(1)
     engine = engine_of(model)

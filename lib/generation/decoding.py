@@ -56,7 +56,8 @@ class Feed:
     Attributes:
         ids: the input that has them.
         mask: the input that says which are padding, if there is padding.
-        positions: the input that has their positions, if there is padding and the family takes any.
+        positions: the input that has their positions, if there is padding, or the family counts otherwise than from 0,
+            and it takes any.
         of_memory: inputs that go with every step.
         keeps: whether the model makes scores of chosen positions alone (`logits_to_keep`).
         cached: whether it has a cache.
@@ -94,7 +95,7 @@ class Feed:
         return cls(
             ids=f"{prefix}input_ids",
             mask=mask if padded else None,
-            positions=positions if padded and positions in names else None,
+            positions=positions if (padded or model.family.counts_tokens) and positions in names else None,
             of_memory=(*of_memory, *OF_MEMORY),
             keeps="logits_to_keep" in names,
             cached=cached,

@@ -178,6 +178,8 @@ def read_piece(
 
     tree = _placed(map_caches(own, store.caches), table, start[None], stop[None])
     given: dict[str, Any] = {feed.ids: ids, "cache": tree}
+    if feed.positions is not None:
+        given[feed.positions] = start + jnp.arange(ids.shape[1])[None]
     if feed.keeps:
         given["logits_to_keep"] = jnp.zeros(1, jnp.int32)  # nobody asks for the scores
     with mesh.placed(feed.placing):
@@ -200,8 +202,9 @@ def write(model: Model, store: Store, rows: Rows, table: Array, *, feed: Feed) -
     """
     length = jnp.where(rows.live, rows.length, 0)
     caches = _placed(store.caches, table, length, jnp.where(rows.live, length + 1, 0))
+    places = {} if feed.positions is None else {feed.positions: length[:, None]}
     with mesh.placed(feed.placing):
-        out = model(**{feed.ids: rows.last[:, None], "cache": caches})
+        out = model(**{feed.ids: rows.last[:, None], "cache": caches}, **places)
     logits = out.logits[:, -1].astype(jnp.float32)
 
     def kept(one: Any, old: Any) -> Any:
