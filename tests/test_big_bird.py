@@ -12,6 +12,7 @@ from battery.goldens import Golden
 
 from formax.core import registry
 from formax.core import spec as specs
+from formax.layers import text_encoder
 from formax.layers.attention import Mask, attention
 from formax.layers.block_sparse import drawn_blocks, sparse_attention, weights
 from formax.models.text import bert, big_bird
@@ -122,7 +123,7 @@ def test_a_text_too_short_for_blocks_and_a_decoder_are_read_as_bert_reads_them()
     sizes = SIZES | {"is_decoder": True, "add_cross_attention": True, "hidden_act": "gelu_new"}
     theirs = bert.BertConfig(**sizes)
     ours = BigBirdConfig(**sizes, block_size=2, num_random_blocks=1)
-    params = specs.init(bert.encoder_spec(theirs), KEY)
+    params = specs.init(text_encoder.encoder_spec(theirs), KEY)
     ids = jax.random.randint(KEY, (2, 20), 0, 61)
     memory = jax.random.normal(KEY, (2, 7, 24))
     expected, _ = bert.encode(params, theirs, ids, encoder_hidden_states=memory)

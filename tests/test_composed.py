@@ -42,9 +42,9 @@ READERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", READERS)
 def test_it_writes_and_is_saved(name: str, gpt2: formax.Model, bert: formax.Model, tmp_path: Path) -> None:
-    sound = {"conv_dim": (8,), "conv_kernel": (4,), "conv_stride": (3,), "num_conv_pos_embeddings": 4}
+    sound: dict[str, Any] = {"conv_dim": (8,), "conv_kernel": (4,), "conv_stride": (3,), "num_conv_pos_embeddings": 4}
     sound |= {"num_conv_pos_embedding_groups": 2, "num_feat_extract_layers": 1}
-    sizes = {"vit": {"image_size": 8, "patch_size": 4}, "wav2vec2": sound}
+    sizes: dict[str, Any] = {"vit": {"image_size": 8, "patch_size": 4}, "wav2vec2": sound}
     reader = bert if name == "bert" else bare(name, **SIZES, **sizes[name])
     model = formax.encoder_decoder(reader, gpt2, key=KEY, decoder_start_token_id=30, pad_token_id=0)
     texts = model.generate(**READERS[name], max_new_tokens=5, num_beams=2)
@@ -54,8 +54,8 @@ def test_it_writes_and_is_saved(name: str, gpt2: formax.Model, bert: formax.Mode
     assert again.architecture is model.architecture
     np.testing.assert_array_equal(again.generate(**READERS[name], max_new_tokens=5, num_beams=2), texts)
     # what is written follows from what is read
-    written = {"decoder_input_ids": np.full((2, 1), 30)}
-    other = {key: value[::-1] for key, value in READERS[name].items()}
+    written: dict[str, Any] = {"decoder_input_ids": np.full((2, 1), 30)}
+    other: dict[str, Any] = {key: value[::-1] for key, value in READERS[name].items()}
     logits, flipped = (np.asarray(model(**given, **written).logits) for given in (READERS[name], other))
     np.testing.assert_allclose(logits, flipped[::-1], atol=1e-5)
     assert np.abs(logits - flipped).max() > 1e-6

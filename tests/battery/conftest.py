@@ -13,5 +13,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if not session.config.getoption("--families-page", default=False):
         return
     if left := families_page.unmeasured():
-        raise pytest.UsageError(f"docs/families.md needs the whole battery; not measured: {', '.join(left[:5])}")
+        raise pytest.UsageError(f"docs/families.md needs all of a family; not measured: {', '.join(left[:5])}")
     families_page.PAGE.write_text(families_page.page(), encoding="utf-8")
