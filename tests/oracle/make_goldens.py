@@ -294,7 +294,9 @@ def sensitivity(family: str, module: ModuleType) -> int:
             inputs = {key: np.array(value) for key, value in cases[name].inputs.items()}
             bug.apply(config, tensors, inputs)
             moved = errors(cases[name], right, run(cases[name], config, tensors, inputs)[0])
-            judged = bug.outputs or tuple(key for key in moved if not key.startswith("loss"))
+            fields = by_field(moved)
+            judged = bug.outputs or tuple(key for key in fields if not key.startswith("loss"))
+            moved |= fields
             hidden += [f"{bug.name} | {name}: {key} {moved[key]:.1e}" for key in judged if moved[key] < bug.least]
             print(f"{bug.name} | {name}: {', '.join(f'{key} {value:.1e}' for key, value in moved.items())}", flush=True)
     shown: dict[str, float] = {}
@@ -331,6 +333,15 @@ def errors(case: Case, right: Tensors, wrong: Tensors) -> dict[str, float]:
         name: compare.error(compare.visible(right[name], case.inputs), compare.visible(wrong[name], case.inputs))
         for name in right
     }
+
+
+def by_field(moved: Mapping[str, float]) -> dict[str, float]:
+    """Of a tuple's entries the one that moves most: a mistake in the second layer leaves those of the first alone."""
+    fields: dict[str, float] = {}
+    for name, value in moved.items():
+        field = re.sub(r"\.\d+$", "", name)
+        fields[field] = max(value, fields.get(field, 0.0))
+    return fields
 
 
 def dumps(meta: Mapping[str, Any]) -> str:
