@@ -90,7 +90,8 @@ class EncoderDecoderConfig(CompositeConfig):
         return getattr(self.encoder, "vocab_size", None)
 
     @property
-    def decoder_vocab_size(self) -> int:
+    def written_vocab_size(self) -> int:
+        """Words of the decoder."""
         return self.decoder.vocab_size
 
     @property

@@ -52,7 +52,7 @@ COLLECTED: dict[str, tuple[str, tuple[str, ...]]] = {
 # Inputs that are rows of a table: input -> fields of the configuration, the first of which has the table's size.
 TABLES = {
     "input_ids": ("vocab_size",),
-    "decoder_input_ids": ("decoder_vocab_size", "vocab_size"),
+    "decoder_input_ids": ("written_vocab_size", "vocab_size"),
     "token_type_ids": ("type_vocab_size",),
     "position_ids": ("max_position_embeddings",),
     "decoder_position_ids": ("max_target_positions",),
