@@ -111,7 +111,7 @@ def test_saving_gives_the_references_files(golden: Golden, tmp_path: Path) -> No
 
 
 # Tasks whose output is one row a token, so that it can be made token by token.
-STEPWISE = {"", "ForCausalLM", "ForSeq2SeqLM", "ForSpeechSeq2Seq"}
+STEPWISE = {"", "ForCausalLM", "ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForVision2Seq"}
 
 
 def decodes(golden: Golden) -> bool:
