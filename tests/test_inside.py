@@ -13,6 +13,7 @@ import pytest
 
 import formax
 from formax.core import spec as specs
+from formax.layers import text_encoder
 from formax.model import Model, _compiled_forward
 from formax.models.text import bert
 
@@ -169,7 +170,7 @@ def test_activation_patching() -> None:
 
 @pytest.mark.parametrize(("model", "remat"), [(MODEL, True), (STACKED, False)], ids=["unrolled-remat", "stacked"])
 def test_gradients_of_inner_values(model: Model, remat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bert, "fold", partial(specs.fold, remat=remat))
+    monkeypatch.setattr(text_encoder, "fold", partial(specs.fold, remat=remat))
     changed = formax.intervene(model, {"layers.1.mlp.out": jnp.sin})
 
     @jax.jit

@@ -4,6 +4,7 @@ Sizes are asymmetric on purpose: 3 layers of 4 heads of 9 read, 2 layers of 3 he
 become texts of 27. The decoder's first token, the end of a text and padding are three different tokens.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,16 @@ def word_cases(prefix: str, words: str = "ForConditionalGeneration") -> tuple[Ca
             TRACES,
         ),
     )
+
+
+def with_sines(case: Case) -> Case:
+    """Returns the case with the real table of positions, which Flax's classes have alone; other cases hold anything."""
+    rows, size = SIZES["max_position_embeddings"], SIZES["d_model"]
+    angles = np.arange(rows)[:, None] / 10000 ** (2 * np.arange(size // 2) / size)
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    prefix = "" if case.architecture.endswith("Model") and not case.architecture.endswith("MTModel") else "model."
+    names = [f"{prefix}{part}.embed_positions.weight" for part in ("encoder", "decoder")]
+    return replace(case, buffers=dict.fromkeys(names, table))
 
 
 def untied(prefix: str, words: str = "ForConditionalGeneration", **more: Any) -> Case:

@@ -1,14 +1,14 @@
 """Marian: positions that translation models' files do not hold, words shared or not, a bias for every word."""
 
 from oracle import bart_line
-from oracle.bart_line import PADDED, PAIR, SEEN, SIZES, WRITTEN, untied, word_cases
+from oracle.bart_line import PADDED, PAIR, SEEN, SIZES, WRITTEN, untied, with_sines, word_cases
 from oracle.cases import change_input, ids, labels
 from oracle.families import Bug, Case
 
 APART = SIZES | {"share_encoder_decoder_embeddings": False}
 
 CASES = (
-    *word_cases("Marian", "MTModel"),
+    *(with_sines(case) if case.name == "inputs_embeds" else case for case in word_cases("Marian", "MTModel")),
     untied("Marian", "MTModel"),
     # Words of their own for either language; the head's are the decoder's again.
     Case("apart", "MarianMTModel", APART, PAIR, ("logits", "encoder_last_hidden_state")),

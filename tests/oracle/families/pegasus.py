@@ -1,13 +1,15 @@
 """Pegasus: sines and cosines for positions, given vectors that the decoder scales, norms as mBART's."""
 
 from oracle import bart_line
-from oracle.bart_line import SEEN, SIZES, untied, word_cases
+from oracle.bart_line import SEEN, SIZES, untied, with_sines, word_cases
 from oracle.cases import change_input, ids, swap
 from oracle.families import Bug, Case
 
+# Those that Flax's classes are tried with.
+WITH_SINES = ("inputs_embeds", "untied")
+
 CASES = (
-    *word_cases("Pegasus"),
-    untied("Pegasus"),
+    *(with_sines(case) if case.name in WITH_SINES else case for case in (*word_cases("Pegasus"), untied("Pegasus"))),
     # Activations and switches as in published files.
     Case(
         "published",
