@@ -21,13 +21,13 @@ QUICK = {
 
 
 def known_flags(flags: dict[str, str]) -> dict[str, str]:
-    """Those that this jaxlib has: at one that it does not know, it ends the process."""
+    """Those whose names this jaxlib holds: at one that it does not know, it ends the process."""
     found = find_spec("jaxlib")
     library = Path(*(found.submodule_search_locations or [])) / "libjax_common.so" if found else Path()
     if not library.is_file():
         return {}
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
-        return {flag: value for flag, value in flags.items() if held.find(flag.encode()) >= 0}
+        return {flag: value for flag, value in flags.items() if held.find(f"\0{flag}\0".encode()) >= 0}
 
 
 if os.environ.get("FORMAX_TEST_COMPILER") != "full":
