@@ -65,7 +65,7 @@ def test_sums() -> None:
 def test_memory_grows_with_the_text_and_not_with_its_square(kind: str) -> None:
     longt5 = family("longt5")
     sizes: dict[str, Any] = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 16, "num_layers": 1}
-    sizes |= {"encoder_attention_type": kind, "local_radius": 15, "global_block_size": 64}
+    sizes |= {"encoder_attention_type": kind, "local_radius": 15, "global_block_size": 256}
     config = longt5.config(**sizes)
     encoder = next(one for one in longt5.architectures if one.name == "LongT5EncoderModel")
     params = specs.abstract(encoder.spec(config))
