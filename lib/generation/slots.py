@@ -202,9 +202,11 @@ def write(model: Model, store: Store, rows: Rows, table: Array, *, feed: Feed) -
     """
     length = jnp.where(rows.live, rows.length, 0)
     caches = _placed(store.caches, table, length, jnp.where(rows.live, length + 1, 0))
-    places = {} if feed.positions is None else {feed.positions: length[:, None]}
+    given: dict[str, Any] = {feed.ids: rows.last[:, None], "cache": caches}
+    if feed.positions is not None:
+        given[feed.positions] = length[:, None]
     with mesh.placed(feed.placing):
-        out = model(**{feed.ids: rows.last[:, None], "cache": caches}, **places)
+        out = model(**given)
     logits = out.logits[:, -1].astype(jnp.float32)
 
     def kept(one: Any, old: Any) -> Any:
