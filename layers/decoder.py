@@ -14,7 +14,6 @@ import jax
 
 from formax.core import tap
 from formax.core.config import Config, ConfigError, config
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Spec, fold, normal, stack_of
 from formax.layers import embed, norm, rope
@@ -125,14 +124,3 @@ def own_caches(c: Any, batch: int, length: int, encoder_length: int, dtype: Any)
     """`init_cache` where every head has keys of its own, as in GPT's line."""
     size = batch, length, c.num_attention_heads, c.head_dim, dtype
     return tuple(KVCache.empty(*size) for _ in range(c.num_hidden_layers))
-
-
-def bare(decode: Callable[..., Any]) -> Callable[..., BaseModelOutput]:
-    """The bare model of a decoder, `decode(p, c, input_ids, ...) -> (states [B, T, E], cache)`."""
-
-    def model(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-        """States [B, T, E]."""
-        x, cache = decode(p, c, input_ids, **inputs)
-        return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-    return model

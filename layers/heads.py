@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from formax.core import tap
 from formax.core.family import Architecture
-from formax.core.outputs import DoubleHeadsOutput, LogitsOutput, QuestionAnsweringOutput
+from formax.core.outputs import BaseModelOutput, DoubleHeadsOutput, LogitsOutput, QuestionAnsweringOutput
 from formax.core.rng import fold_path, split
 from formax.core.spec import At, Param, Spec, Tied, normal, under
 from formax.layers import embed, norm
@@ -190,6 +190,17 @@ def kept(x: jax.Array, which: Any) -> jax.Array:
     if isinstance(which, int):
         return x[:, -which:]
     return jnp.take(x, which, axis=1, mode="clip")
+
+
+def bare(encode: Apply) -> Callable[..., BaseModelOutput]:
+    """The model without a head, of a family that has no pooler: `encode` gives (states [B, T, E], cache)."""
+
+    def model(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
+        """States [B, T, E]."""
+        x, cache = encode(p, c, input_ids, **inputs)
+        return BaseModelOutput(last_hidden_state=x, cache=cache)
+
+    return model
 
 
 def causal_lm(encode: Apply, logits: Callable[[Any, Any, jax.Array], jax.Array] | None = None) -> Apply:

@@ -246,17 +246,6 @@ def pooled(encode: Callable[..., Any]) -> Callable[..., BaseModelOutput]:
     return model
 
 
-def unpooled(encode: Callable[..., Any]) -> Callable[..., BaseModelOutput]:
-    """The model without a head, of a family that has no pooler."""
-
-    def model(p: Any, c: Any, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-        """States [B, T, E]."""
-        x, cache = encode(p, c, input_ids, **inputs)
-        return BaseModelOutput(last_hidden_state=x, cache=cache)
-
-    return model
-
-
 def init_cache(c: Any, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:
     """Empty caches of a decoder's layers, with room for `length` positions and an encoder's `encoder_length` states."""
     if not c.is_decoder:

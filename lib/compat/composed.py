@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -20,12 +20,9 @@ def _part(name: str, path: str | Path, task: str, options: dict[str, Any]) -> Mo
 
 
 class Composed:
-    """What classes have whose models are made of two."""
+    """What classes have whose models are made of two. `_of` gives the class with a model inside."""
 
-    @classmethod
-    def _of(cls, model: Model) -> Any:
-        """The class with this model inside."""
-        raise NotImplementedError
+    _of: ClassVar[Callable[[Model], Any]]
 
 
 class FromEncoderDecoder(Composed):

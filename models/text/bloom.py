@@ -141,7 +141,7 @@ FAMILY = Family(
     relative="gpt2",
     init_cache=decoder.own_caches,
     architectures=(
-        Architecture("BloomModel", "", model_spec, decoder.bare(decode)),
+        Architecture("BloomModel", "", model_spec, heads.bare(decode)),
         *heads.decoder_heads("Bloom", "transformer", model_spec, decode, token="classifier"),
     ),
     flax=Port(("BloomModel", "BloomForCausalLM"), lacks=_flax_lacks),

@@ -103,7 +103,7 @@ FAMILY = Family(
     init_cache=text_encoder.init_cache,
     relative="bert",
     architectures=(
-        Architecture("ElectraModel", "", projected_spec, text_encoder.unpooled(encode), also=("ForTextEncoding",)),
+        Architecture("ElectraModel", "", projected_spec, heads.bare(encode), also=("ForTextEncoding",)),
         Architecture("ElectraForPreTraining", "ForPreTraining", _plain(_discriminator), discriminate),
         Architecture("ElectraForMaskedLM", "ForMaskedLM", _plain(_words), heads.masked_lm(encode, words)),
         Architecture("ElectraForCausalLM", "ForCausalLM", _plain(_words), heads.causal_lm(encode, words)),

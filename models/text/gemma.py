@@ -104,7 +104,7 @@ FAMILY = Family(
     relative="llama",
     init_cache=decoder.init_cache,
     architectures=(
-        Architecture("GemmaModel", "", model_spec, decoder.bare(decode)),
+        Architecture("GemmaModel", "", model_spec, heads.bare(decode)),
         *heads.decoder_heads("Gemma", "model", model_spec, decode)[:3],
     ),
     flax=Port(("GemmaModel", "GemmaForCausalLM"), lacks=_flax_lacks),

@@ -14,7 +14,6 @@ from formax.core import tap
 from formax.core.config import Config, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.layout import SAME
-from formax.core.outputs import BaseModelOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Spec, fold, normal, stack_of
 from formax.layers import embed, heads, mlp, norm, seq2seq
@@ -188,10 +187,7 @@ def decode(
     return tap.tap("last", norm.layer(p["norm"], x, c.layer_norm_epsilon)), cache
 
 
-def model(p: Any, c: GPT2Config, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
+model = heads.bare(decode)
 
 
 def init_cache(c: GPT2Config, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:

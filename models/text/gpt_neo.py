@@ -155,7 +155,7 @@ FAMILY = Family(
     relative="gpt2",
     init_cache=decoder.own_caches,
     architectures=(
-        Architecture("GPTNeoModel", "", model_spec, decoder.bare(decode)),
+        Architecture("GPTNeoModel", "", model_spec, heads.bare(decode)),
         *heads.decoder_heads("GPTNeo", "transformer", model_spec, decode, token="classifier"),
     ),
     flax=Port(("GPTNeoModel", "GPTNeoForCausalLM"), inputs=("input_ids", "attention_mask", "position_ids")),

@@ -145,7 +145,7 @@ FAMILY = Family(
     relative="gpt2",
     init_cache=decoder.own_caches,
     architectures=(
-        Architecture("GPTJModel", "", model_spec, decoder.bare(decode)),
+        Architecture("GPTJModel", "", model_spec, heads.bare(decode)),
         replace(_words, spec=words_spec),
         _text,
         _span,

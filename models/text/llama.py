@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
 from formax.core.frozen import FrozenDict
-from formax.core.outputs import BaseModelOutput
 from formax.core.spec import At, Ignored, Spec, normal
 from formax.layers import decoder, heads, mlp, norm
 from formax.layers.attention import self_attention
@@ -83,10 +82,7 @@ def decode(
     return decoder.decode(block, p, c, input_ids, attention_mask, position_ids, inputs_embeds, cache, key)
 
 
-def model(p: Any, c: LlamaConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = decode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
+model = heads.bare(decode)
 
 
 def _flax_lacks(c: LlamaConfig) -> dict[str, bool]:

@@ -15,7 +15,6 @@ from formax.core import tap
 from formax.core.config import Config, ConfigError, config
 from formax.core.family import Architecture, Family
 from formax.core.layout import TRANSPOSE, Part
-from formax.core.outputs import BaseModelOutput
 from formax.core.spec import At, Param, Spec, fold, normal, ones, stack_of
 from formax.layers import conv, embed, heads, norm, ssm
 from formax.layers.activations import activation, check_activation
@@ -176,10 +175,7 @@ def encode(
         return tap.tap("out", norm.rms(p["norm"], x, c.layer_norm_epsilon).astype(dtype)), cache
 
 
-def model(p: Any, c: MambaConfig, input_ids: Any = None, **inputs: Any) -> BaseModelOutput:
-    """States [B, T, E]."""
-    x, cache = encode(p, c, input_ids, **inputs)
-    return BaseModelOutput(last_hidden_state=x, cache=cache)
+model = heads.bare(encode)
 
 
 def init_cache(c: MambaConfig, batch: int, length: int, encoder_length: int, dtype: Any) -> Any:

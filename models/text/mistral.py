@@ -73,7 +73,7 @@ FAMILY = Family(
     relative="llama",
     init_cache=decoder.init_cache,
     architectures=(
-        Architecture("MistralModel", "", model_spec, decoder.bare(decode)),
+        Architecture("MistralModel", "", model_spec, heads.bare(decode)),
         replace(_words, spec=heads.with_heads("model", model_spec, heads.lm_head(tf=None))),
         *_labels,
     ),

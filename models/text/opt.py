@@ -163,7 +163,7 @@ FAMILY = Family(
     inputs=decode,
     relative="bart",
     init_cache=decoder.own_caches,
-    architectures=(Architecture("OPTModel", "", model_spec, decoder.bare(decode)), _words, _text, _span),
+    architectures=(Architecture("OPTModel", "", model_spec, heads.bare(decode)), _words, _text, _span),
     flax=Port(("OPTModel", "OPTForCausalLM"), lacks=_lacks),
     tf=Port(("OPTModel", "OPTForCausalLM"), numbered=".", lacks=_lacks),
 )

@@ -103,7 +103,7 @@ FAMILY = Family(
     init_cache=text_encoder.init_cache,
     relative="bert",
     architectures=(
-        Architecture("RoFormerModel", "", encoder_spec, text_encoder.unpooled(encode), also=("ForTextEncoding",)),
+        Architecture("RoFormerModel", "", encoder_spec, heads.bare(encode), also=("ForTextEncoding",)),
         Architecture("RoFormerForMaskedLM", "ForMaskedLM", _plain(_words), heads.masked_lm(encode)),
         Architecture("RoFormerForCausalLM", "ForCausalLM", _plain(_words), heads.causal_lm(encode, heads.words)),
         *_labels,

@@ -15,7 +15,7 @@ from formax.core.config import Config, ConfigError, check_multiple, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.rng import split
 from formax.core.spec import Ignored, Spec, normal, stack_of
-from formax.layers import decoder, embed, heads, norm, transformer
+from formax.layers import embed, heads, norm, transformer
 from formax.layers.activations import check_activation
 from formax.layers.attention import causal_mask, from_attention_mask
 from formax.layers.dropout import dropout
@@ -135,7 +135,7 @@ FAMILY = Family(
     inputs=decode,
     relative="bart",
     init_cache=transformer.init_cache,
-    architectures=(Architecture("XGLMModel", "", model_spec, decoder.bare(decode)), replace(_words, spec=words_spec)),
+    architectures=(Architecture("XGLMModel", "", model_spec, heads.bare(decode)), replace(_words, spec=words_spec)),
     flax=Port(lacks=_flax_lacks),
     tf=Port(numbered=".", lacks=_tf_lacks),
 )
