@@ -9,6 +9,7 @@ import jax
 
 from formax.core.config import Config, ConfigError, config
 from formax.core.spec import fold
+from formax.layers.patches import PatchesConfig
 
 
 @config
@@ -28,6 +29,7 @@ class BackboneConfig(Config):
             raise ConfigError(f"out_indices={self.out_indices} must be stages of 0 to {last}, in order")
         if self.out_features is not None and tuple(self.stages[i] for i in picked) != self.out_features:
             raise ConfigError(f"out_features={self.out_features} and out_indices={self.out_indices} are not the same")
+        super().check()
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -47,10 +49,8 @@ class BackboneConfig(Config):
 
 
 @config
-class PatchBackboneConfig(BackboneConfig):
+class PatchBackboneConfig(BackboneConfig, PatchesConfig):
     """A backbone whose stages are the layers of an encoder of patches; the stem is what goes into the first."""
-
-    num_hidden_layers: int = 12
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -8,10 +8,42 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from formax.core.config import Config, check_multiple, config
 from formax.core.layout import Reshape
 from formax.core.spec import Initializer, Param, Spec, normal, zeros
+from formax.layers.activations import check_activation
 from formax.layers.conv import embed_patches, patch_spec
-from formax.layers.resize import check_pixels, grid_of, pair, stretch_positions
+from formax.layers.resize import Size, check_pixels, grid_of, pair, stretch_positions
+
+
+@config
+class PatchesConfig(Config):
+    """The fields that configurations of ViT's line have."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    image_size: Size = 224
+    patch_size: Size = 16
+    num_channels: int = 3
+
+    def check(self) -> None:
+        check_multiple(self, "hidden_size", "num_attention_heads")
+        check_activation(self.hidden_act)
+        grid_of(self.image_size, self.patch_size)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def heads_of(self, layer: int) -> int:
+        """Attention heads that are left in a layer."""
+        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
 
 def image_spec(c: Any, *, init: Initializer, positions: bool = True, mask: tuple[int, ...] = ()) -> dict[str, Spec]:

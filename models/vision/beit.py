@@ -15,20 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from formax.core import tap
-from formax.core.config import ConfigError, check_multiple, config
+from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput, SemanticSegmentationOutput
 from formax.core.rng import split
 from formax.core.spec import At, Ignored, Param, Spec, constant, normal, stack_of, zeros
 from formax.layers import heads, image_heads, mlp, norm, upernet
-from formax.layers.activations import check_activation
 from formax.layers.attention import Indexed, Mask, attention_spec, self_attention
 from formax.layers.backbone import PatchBackboneConfig, all_states, as_map
 from formax.layers.conv import channels_first, channels_last
 from formax.layers.dropout import drop_path, dropout
 from formax.layers.linear import linear
 from formax.layers.patches import embed_image, image_spec
-from formax.layers.resize import Size, bilinear, grid_of
+from formax.layers.resize import bilinear, grid_of
 
 
 @config
@@ -39,17 +38,8 @@ class BeitConfig(PatchBackboneConfig):
     attribute_map: ClassVar = {"segmentation_indices": "out_indices"}  # as checkpoints of 2021 call them
 
     vocab_size: int = 8192
-    hidden_size: int = 768
-    num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    image_size: Size = 224
     patch_size: int = 16
-    num_channels: int = 3
     use_mask_token: bool = False
     use_absolute_position_embeddings: bool = False
     use_relative_position_bias: bool = False
@@ -69,24 +59,13 @@ class BeitConfig(PatchBackboneConfig):
 
     def check(self) -> None:
         super().check()
-        check_multiple(self, "hidden_size", "num_attention_heads")
-        check_activation(self.hidden_act)
-        grid_of(self.image_size, self.patch_size)
         if self.add_fpn and len(self.features) != 4:
             raise ConfigError(f"add_fpn=True needs four out_indices, got {self.out_indices}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches in the images of the pre-training."""
         return grid_of(self.image_size, self.patch_size)
-
-    def heads_of(self, layer: int) -> int:
-        """Attention heads that are left in a layer."""
-        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
 
 # --- distances of patches

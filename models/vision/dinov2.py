@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.config import check_multiple, config
+from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
 from formax.core.rng import split
 from formax.core.spec import At, Param, Spec, constant, normal, stack_of
 from formax.layers import heads, mlp, norm
-from formax.layers.activations import check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
 from formax.layers.backbone import PatchBackboneConfig, all_states, as_map
 from formax.layers.dropout import drop_path, dropout
@@ -34,17 +33,9 @@ class Dinov2Config(PatchBackboneConfig):
 
     model_type: ClassVar[str] = "dinov2"
 
-    hidden_size: int = 768
-    num_attention_heads: int = 12
     mlp_ratio: float = 4
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
-    image_size: Size = 224
     patch_size: Size = 14
-    num_channels: int = 3
     qkv_bias: bool = True
     layerscale_value: float = 1.0
     drop_path_rate: float = 0.0
@@ -52,20 +43,6 @@ class Dinov2Config(PatchBackboneConfig):
     apply_layernorm: bool = True
     reshape_hidden_states: bool = True
     use_mask_token: bool = True
-
-    def check(self) -> None:
-        super().check()
-        check_multiple(self, "hidden_size", "num_attention_heads")
-        check_activation(self.hidden_act)
-        grid_of(self.image_size, self.patch_size)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    def heads_of(self, layer: int) -> int:
-        """Attention heads that are left in a layer."""
-        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
 
 def mlp_spec(c: Dinov2Config) -> dict[str, Spec]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 
 from formax.core import tap
-from formax.core.config import Config, check_multiple, config
+from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BaseModelOutput, LogitsOutput, MaskedImageModelingOutput
 from formax.core.rng import split
@@ -22,46 +22,25 @@ from formax.layers.activations import activation, check_activation
 from formax.layers.attention import Mask, attention_spec, self_attention
 from formax.layers.dropout import dropout
 from formax.layers.linear import linear, linear_spec
-from formax.layers.patches import embed_image, image_spec
-from formax.layers.resize import Size, grid_of
+from formax.layers.patches import PatchesConfig, embed_image, image_spec
+from formax.layers.resize import grid_of
 
 
 @config
-class ViTConfig(Config):
+class ViTConfig(PatchesConfig):
     """`config.json` of model type "vit"."""
 
     model_type: ClassVar[str] = "vit"
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    image_size: Size = 224
-    patch_size: Size = 16
-    num_channels: int = 3
     qkv_bias: bool = True
     encoder_stride: int = 16
     pooler_output_size: int | None = None  # hidden_size
     pooler_act: str = "tanh"
 
     def check(self) -> None:
-        check_multiple(self, "hidden_size", "num_attention_heads")
-        check_activation(self.hidden_act)
+        super().check()
         check_activation(self.pooler_act, "pooler_act")
-        grid_of(self.image_size, self.patch_size)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    def heads_of(self, layer: int) -> int:
-        """Attention heads that are left in a layer."""
-        return self.num_attention_heads - len(self.pruned_heads.get(layer, ()))
 
 
 def block_spec(c: ViTConfig, layer: int) -> dict[str, Spec]:
