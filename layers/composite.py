@@ -123,6 +123,16 @@ def writer(c: Config) -> Architecture:
     return found
 
 
+def parts(c: EncoderDecoderConfig) -> tuple[tuple[Architecture, Config], ...]:
+    """The architectures inside, each with its configuration."""
+    return (reader(c.encoder), c.encoder), (writer(c.decoder), c.decoder)
+
+
+def lacks(c: EncoderDecoderConfig) -> dict[str, bool]:
+    """What composites of other frameworks do not implement."""
+    return {"tie_encoder_decoder": c.tie_encoder_decoder}
+
+
 def _family(c: Config) -> Family:
     return registry.family(c.model_type)
 
@@ -133,7 +143,10 @@ def model_spec(c: EncoderDecoderConfig) -> dict[str, Spec]:
     reads, writes = inside("encoder", reader(c.encoder).spec(c.encoder)), inside("decoder", own)
     if c.tie_encoder_decoder:
         reads = shared(reads, {entry.path for entry in table(own).entries})
-    spec: dict[str, Spec] = {"encoder": At("encoder", reads), "decoder": At("decoder", writes)}
+    spec: dict[str, Spec] = {
+        "encoder": At("encoder", reads, family=c.encoder.model_type),
+        "decoder": At("decoder", writes, family=c.decoder.model_type),
+    }
     if c.has_bridge:
         init = normal(getattr(c.encoder, "initializer_range", 0.02))
         sizes = size_of(c.encoder), size_of(c.decoder)

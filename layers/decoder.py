@@ -7,7 +7,6 @@ A family writes its own block, `block(p, c, x, rotate, mask, cache, key) -> (x, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -53,6 +52,11 @@ class RotaryDecoderConfig(Config):
     def head_size(self) -> int:
         """Channels of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope(self) -> rope.Rope:
+        """How queries and keys are turned."""
+        return rope.Rope(self.rope_parameters, self.head_size, self.max_position_embeddings)
 
 
 def attn_spec(c: Any, *, bias: bool | str = False, **more: Spec) -> Spec:
@@ -105,8 +109,7 @@ def decode(
     if window is not None and mask.causal:  # pairs [B, T, S] say everything, the window too
         mask = mask & Mask(window=(window - 1, None), q_offset=mask.q_offset)
     positions = embed.positions(mask.q_offset, x) if position_ids is None else position_ids
-    cos, sin = rope.cos_sin(c.rope_parameters, c.head_size, c.max_position_embeddings, positions)
-    rotate = partial(rope.rotate, cos=cos, sin=sin)
+    rotate = c.rope.at(positions)
 
     def run(p: Any, x: Any, cache: Any, key: Any) -> Any:
         return block(p, c, x, rotate, mask, cache, key)

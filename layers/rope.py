@@ -8,7 +8,9 @@ stretching.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,6 +41,31 @@ def check_rope(parameters: Mapping[str, Any]) -> None:
             raise ValueError(f"rope_parameters of rope_type {kind!r} need a positive {name}, got {value!r}")
 
 
+@dataclass(frozen=True)
+class Rope:
+    """How a model's queries and keys are turned.
+
+    Attributes:
+        parameters: `rope_parameters` of its configuration.
+        dim: number of channels that are turned (even), a head's size or a part of it.
+        max_positions: the configuration's `max_position_embeddings`.
+    """
+
+    parameters: Mapping[str, Any]
+    dim: int
+    max_positions: int
+
+    def at(self, positions: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """What turns queries or keys [B, T, H, D] that stand at positions [B or 1, T]."""
+        cos, sin = cos_sin(self.parameters, self.dim, self.max_positions, positions)
+        return partial(rotate, cos=cos, sin=sin)
+
+    def later(self, keys: jax.Array, by: jax.Array) -> jax.Array:
+        """Keys [B, T, K, D], turned already, as if they stood `by` (int32) positions later."""
+        angles, _ = _angles(self.parameters, self.dim, self.max_positions, by.reshape(1, 1))
+        return rotate(keys, jnp.cos(angles), jnp.sin(angles))
+
+
 def cos_sin(
     parameters: Mapping[str, Any], dim: int, max_positions: int, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -53,6 +80,14 @@ def cos_sin(
     Returns:
         Two times [B or 1, T, 1, dim / 2], to broadcast over heads.
     """
+    angles, magnitude = _angles(parameters, dim, max_positions, positions)
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def _angles(
+    parameters: Mapping[str, Any], dim: int, max_positions: int, positions: jax.Array
+) -> tuple[jax.Array, float]:
+    """Angles of every position, [B or 1, T, 1, dim / 2], and the factor on their cosine and sine."""
     theta = parameters["rope_theta"]
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     factor = parameters.get("factor", 1.0)
@@ -71,8 +106,7 @@ def cos_sin(
             frequencies = _llama3(parameters, 1 / theta**exponents)
         case "yarn":
             frequencies, magnitude = _yarn(parameters, theta**exponents, dim, max_positions)
-    angles = positions.astype(jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32)
-    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+    return positions.astype(jnp.float32)[..., None, None] * jnp.asarray(frequencies, jnp.float32), magnitude
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -173,8 +173,11 @@ def _buckets(bias: Bucketed, ahead: Array) -> Array:
     return found + np.where(ahead > 0, count, 0) * bias.both_ways
 
 
-def formula(q: Any, k: Any, v: Any, given: Mapping[str, Any], slope: Any) -> dict[str, Array]:
-    """Attention in the words of the documentation, and its slopes for one of the output: in float64, of NumPy."""
+def formula(q: Any, k: Any, v: Any, given: Mapping[str, Any], slope: Any) -> tuple[dict[str, Array], float]:
+    """Attention in the words of the documentation, and its slopes for one of the output: in float64, of NumPy.
+
+    Also how large the slopes of the bias would be if nothing in the sums that they are cancelled out.
+    """
     q, k, v, slope = (np.asarray(x, np.float64) for x in (q, k, v, slope))
     (b, t, h, d), (s, heads) = q.shape, k.shape[1:3]
     kk, vv = (np.repeat(x, h // heads, axis=2) for x in (k, v))
@@ -211,21 +214,27 @@ def formula(q: Any, k: Any, v: Any, given: Mapping[str, Any], slope: Any) -> dic
     found["q"] = np.einsum("bhts,bshd->bthd", du, kk)
     for name, x in (("k", np.einsum("bhts,bthd->bshd", du, q)), ("v", np.einsum("bhts,bthd->bshd", weights, slope))):
         found[name] = x.reshape(b, s, heads, h // heads, -1).sum(3)
-    match bias:
-        case ALiBi():
-            found["bias"] = (ds * far[:, None]).sum((0, 2, 3))
-        case Bucketed() | Indexed():
-            found["bias"] = np.zeros_like(array)
-            np.add.at(found["bias"], rows, np.moveaxis(ds, 1, -1))
-        case None:
-            pass
-        case _:
-            shape = (1,) * (4 - array.ndim) + array.shape
-            axes = tuple(a for a in range(4) if shape[a] == 1)
-            found["bias"] = ds.sum(axes, keepdims=True).reshape(array.shape)
+
+    def summed(x: Array, power: int = 1) -> Array:
+        """What the bias gathers of one number per pair."""
+        match bias:
+            case ALiBi():
+                return (x * far[:, None] ** power).sum((0, 2, 3))
+            case Bucketed() | Indexed():
+                table = np.zeros_like(array)
+                np.add.at(table, rows, np.moveaxis(x, 1, -1))
+                return table
+            case _:
+                shape = (1,) * (4 - array.ndim) + array.shape
+                return x.sum(tuple(a for a in range(4) if shape[a] == 1), keepdims=True).reshape(array.shape)
+
+    uncancelled = 0.0
+    if bias is not None:
+        found["bias"] = summed(ds)
+        uncancelled = np.sqrt(summed((weights * dw) ** 2, 2).mean())
     if sinks is not None:
         found["sinks"] = -(np.exp(sinks)[:, None, None] / total * own).sum((0, 2, 3))
-    return found
+    return found, uncancelled
 
 
 def learned(given: Mapping[str, Any]) -> Any:
@@ -270,9 +279,10 @@ def check(
         (_, out), found = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=how)(live)
     else:
         out, found = jax.jit(total, compiler_options=how)(live)[1], {}
-    expected = formula(q, k, v, given, slope)
+    expected, uncancelled = formula(q, k, v, given, slope)
     for name, mine in {"out": out, **found}.items():
-        # Slopes that cancel out are sums of numbers of the order of one.
-        size = max(np.sqrt(np.mean(expected[name] ** 2)), 0.1)
+        # Slopes that cancel out are sums of numbers of the order of one; of a bias, of thousands of them, and times the
+        # distance for ALiBi: what is left of such a sum may be smaller than its terms' last bits.
+        size = max(np.sqrt(np.mean(expected[name] ** 2)), 0.1, uncancelled if name == "bias" else 0)
         far = np.abs(np.asarray(mine, np.float64) - expected[name]).max() / size
         assert far < tolerance, f"{name}: off by {far:.2e} of its size"  # nor is it no number

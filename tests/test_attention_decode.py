@@ -132,7 +132,7 @@ def of_pages(z: Sizes, q: jax.Array, pages: Pages, window: int | None, **given: 
         k, v = (np.concatenate(list(np.asarray(x)[pages.table[i]]))[None, :length] for x in (pages.k, pages.v))
         mask = Mask(causal=True, q_offset=length - z.t, window=None if window is None else (window - 1, None))
         given |= {"mask": mask, "bias": None}
-        found.append(formula(q[i : i + 1], k, v, given, np.zeros((1, z.t, z.h, z.dv)))["out"])
+        found.append(formula(q[i : i + 1], k, v, given, np.zeros((1, z.t, z.h, z.dv)))[0]["out"])
     return np.concatenate(found)
 
 

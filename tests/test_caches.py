@@ -1,5 +1,6 @@
 """Kinds of caches: rings, few bits, the host's memory. Each is measured by what the full cache does."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,14 @@ import formax
 from formax.core.config import ConfigError
 from formax.generation.cache_kinds import Kind, as_kind, kind_of, windows_of
 from formax.generation.config import GenerationConfig, GenerationMode
+from formax.generation.legacy import from_legacy_cache, to_legacy_cache
 from formax.generation.task import task_of
 from formax.layers.attention import ALiBi, Bucketed, KVCache, Mask
 from formax.layers.attention.cache import caches_of, rewind, take_rows
 from formax.layers.attention.offloaded import OffloadedCache
 from formax.layers.attention.quantised import Quantised, QuantisedCache
 from formax.layers.attention.ring import RingCache
+from formax.layers.attention.sink import SinkCache
 from formax.model import Model
 
 WINDOW = 7
@@ -266,6 +269,126 @@ def test_offloaded_is_the_full_cache_elsewhere(llama: Model) -> None:
         assert one.k.sharding.memory_kind == one.v.sharding.memory_kind == "pinned_host"
     assert moved[0].k.shape[0] == 1
     assert moved[1].room == 99
+
+
+# ---------------------------------------------------------------------------------------------------------------- sinks
+
+FEW = {"window_length": 9, "num_sink_tokens": 3}
+
+
+def kept_tokens(text: np.ndarray) -> np.ndarray:
+    """What a cache of `FEW` has of a text."""
+    return text if text.shape[1] <= 9 else np.concatenate([text[:, :3], text[:, -6:]], axis=1)
+
+
+def test_sinks_and_window_are_a_text_of_their_own(llama: Model) -> None:
+    """With one layer, keys and values are of single tokens: so each step sees a text of those that are kept."""
+    for length in (2, 6, 13):  # filled up to 16, beyond the window
+        out = llama.generate(
+            ids(2, length),
+            max_new_tokens=16,
+            cache_implementation="sink",
+            cache_config=FEW,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        text = np.asarray(out.sequences)
+        for step, logits in enumerate(out.logits):
+            seen = text[:, : length + step]
+            alike = llama(kept_tokens(seen) if step else seen).logits[:, -1]  # a prompt is seen as a whole
+            np.testing.assert_allclose(logits, alike, atol=2e-4)
+        (cache,) = out.cache
+        assert (type(cache), cache.window, cache.sinks, int(cache.length)) == (SinkCache, 9, 3, length + 15)
+    # The cache goes on with several tokens at once, and is measured by its last one.
+    longer = np.concatenate([text, ids(2, 2, 1)], axis=1)
+    again = llama.generate(longer, cache=out.cache, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+    np.testing.assert_allclose(again.logits[0], llama(kept_tokens(longer)).logits[:, -1], atol=2e-4)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_sinks_are_kept_however_a_text_comes(llama: Model, sinks: int) -> None:
+    keys = jax.random.normal(jax.random.key(0), (2, 23, 2, 8))
+
+    @jax.jit
+    def attend(cache: SinkCache, x: Any) -> SinkCache:
+        return cache.attend(x, x, x, mask=Mask(causal=True, q_offset=cache.length))[1]
+
+    ends = []
+    for pieces in ([1] * 21, [2, 1, 6, 12], [14, 7], [21]):
+        cache, start = SinkCache.empty(2, 7, sinks, 2, 8, rope=llama.config.rope), 0
+        for n in pieces:
+            cache = attend(cache, keys[:, start : start + n])
+            start += n
+        ends.append(take_rows(cache.grown(40), jnp.array([1])))
+        assert (cache.k.shape[1], int(cache.length)) == (7, 21)
+    # Read along and not kept: two columns that only fill.
+    ends.append(take_rows(attend(SinkCache.empty(2, 7, sinks, 2, 8, rope=cache.rope).until(21), keys), jnp.array([1])))
+    for one in ends[1:]:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), one, replace(ends[0], stop=one.stop))
+
+
+def test_sinks_refuse_what_they_cannot_keep(llama: Model, windowed: Model) -> None:
+    sink: Any = {"cache_implementation": "sink", "max_new_tokens": 2}
+    padded = ids(2, 5)
+    padded[0, 0] = 0
+    with pytest.raises(ValueError, match="give rows of one length, without padding"):
+        llama.generate(padded, **sink)
+    with pytest.raises(ConfigError, match="rotary positions, without windows of their own.* not for this mixtral"):
+        windowed.generate(ids(1, 3), **sink)
+    with pytest.raises(ConfigError, match="window_length=4 must be a whole number, 5 or more"):
+        llama.generate(ids(1, 3), cache_config={"window_length": 4}, **sink)
+    with pytest.raises(ConfigError, match="has no 'sinks'"):
+        llama.generate(ids(1, 3), cache_config={"sinks": 4}, **sink)
+    with pytest.raises(ConfigError, match="keeps a window of 256 positions and cannot go back"):
+        llama.generate(ids(1, 3), prompt_lookup_num_tokens=2, **sink)
+    cache = SinkCache.empty(1, 7, 2, 2, 8, rope=llama.config.rope)
+    q = jnp.ones((1, 1, 2, 8))
+    with pytest.raises(NotImplementedError, match="rows without padding"):
+        cache.attend(q, q, q, mask=Mask(causal=True, keys=jnp.ones((1, 7), bool)))
+    with pytest.raises(ValueError, match="sinks=7 must be 0 or more, and fewer than window=7"):
+        SinkCache.empty(1, 7, 7, 2, 8, rope=cache.rope)
+
+
+# ------------------------------------------------------------------------------------------------------ tuples of arrays
+
+
+def test_tuples_of_arrays_are_caches_too(llama: Model) -> None:
+    prompt = ids(2, 6)
+    out = llama.generate(prompt, max_new_tokens=5, return_dict_in_generate=True, return_legacy_cache=True)
+    ((k, v),) = out.past_key_values
+    assert k.shape == v.shape == (2, 2, 10, 8)  # the last token has not been read
+    np.testing.assert_array_equal(k, llama(out.sequences[:, :10], cache=llama.init_cache(2, 10)).cache[0].k.swapaxes(1, 2))
+    longer = np.concatenate([np.asarray(out.sequences), ids(2, 2, 1)], axis=1)
+    on = llama.generate(longer, cache=out.past_key_values, max_new_tokens=4)
+    np.testing.assert_array_equal(on, llama.generate(longer, max_new_tokens=4))
+    np.testing.assert_array_equal(to_legacy_cache(from_legacy_cache(llama, [[k, v]]))[0][1], v)
+
+
+def test_tuples_of_an_encoder_decoder() -> None:
+    config = formax.AutoConfig.for_model(
+        "bart", vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=4, encoder_ffn_dim=24, decoder_ffn_dim=20, max_position_embeddings=40,
+    )  # fmt: skip
+    bart = formax.AutoModelForSeq2SeqLM.from_config(config, key=jax.random.key(3))
+    cache = bart(input_ids=ids(2, 7), decoder_input_ids=ids(2, 5), cache=bart.init_cache(2, 9, 7)).cache
+    past = to_legacy_cache(cache)
+    assert [[x.shape for x in layer] for layer in past] == [[(2, 4, 5, 4)] * 2 + [(2, 4, 7, 4)] * 2] * 2
+    again = from_legacy_cache(bart, past)
+    jax.tree.map(np.testing.assert_array_equal, to_legacy_cache(again), past)
+    with pytest.raises(ValueError, match="has 1 layers, not those of this BartForConditionalGeneration"):
+        from_legacy_cache(bart, past[:1])
+    with pytest.raises(ValueError, match="past_key_values: KVCache"):
+        from_legacy_cache(bart, [[x[:, :2] for x in layer] for layer in past])
+
+
+def test_tuples_are_keys_and_values_of_all(llama: Model) -> None:
+    with pytest.raises(TypeError, match="a RingCache is not keys and values of all positions"):
+        to_legacy_cache((RingCache.empty(1, 9, 1, 4, window=3),))
+    rows = KVCache(jnp.ones((2, 9, 1, 4)), jnp.ones((2, 9, 1, 4)), jnp.array([3, 4]))
+    with pytest.raises(ValueError, match="texts of different lengths"):
+        to_legacy_cache((rows,))
+    with pytest.raises(ValueError, match="two or four arrays"):
+        from_legacy_cache(llama, [jnp.ones(3)])
 
 
 def test_kinds_follow_from_settings(llama: Model, windowed: Model) -> None:

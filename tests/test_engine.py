@@ -18,6 +18,7 @@ from formax.generation.requests import Handle
 from formax.layers.attention import ALiBi, KVCache, Mask
 from formax.layers.attention.paged import PagedCache
 from formax.model import Model
+from formax.sharding import make_mesh, shard
 
 VOCABULARY = 61
 ENDS = [7, 15, 23, 31, 39, 47, 55]
@@ -439,3 +440,15 @@ def test_bad_engines(llama: Model) -> None:
     t5 = formax.AutoConfig.for_model("t5", vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(TypeError, match="the Engine serves decoders alone"):
         Engine(formax.AutoModelForSeq2SeqLM.from_config(t5, key=jax.random.key(0)))
+
+
+def test_an_engine_on_a_mesh_writes_the_same(llama: Model) -> None:
+    prompts = [[4, 5, 6], [9, 8, 7, 6, 5, 4, 3], [11]]
+    split = shard(llama, make_mesh(data=2, tensor=2))
+    engine = Engine(split, **SMALL)
+    handles = [engine.submit(prompt, max_new_tokens=6) for prompt in prompts]
+    for _ in engine.run():
+        pass
+    for prompt, handle in zip(prompts, handles, strict=True):
+        alone = llama.generate(np.array([prompt]), max_new_tokens=6)[0]
+        np.testing.assert_array_equal(handle.result(), alone)

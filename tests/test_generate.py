@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -525,7 +526,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, ca
         gpt2.generate(IDS, attention_mask=np.ones((2, 5)))
     with pytest.raises(TypeError, match=r"takes no 'max_new_token'.*did you mean max_new_tokens"):
         gpt2.generate(IDS, max_new_token=3)
-    with pytest.raises(ConfigError, match="token_healing=True is not done here"):
+    with pytest.raises(ValueError, match="token_healing needs the tokenizer of the model"):
         gpt2.generate(IDS, token_healing=True)
     with pytest.raises(ConfigError, match="eos_token_id=99 is no token of the model"):
         gpt2.generate(IDS, eos_token_id=99)
@@ -580,3 +581,30 @@ def test_groups_and_constraints_do_what_they_are_for(llama: Any) -> None:
     )
     text = " ".join(map(str, said[0].tolist()))
     assert " 33 20" in text
+
+
+def test_healing_chooses_the_end_of_a_prompt_anew() -> None:
+    tokenizer = formax.AutoTokenizer.from_pretrained(Path(__file__).parent / "data" / "text" / "bytelevel")
+    vocabulary = tokenizer.get_vocab()
+    config = formax.AutoConfig.for_model("gpt2", n_embd=24, n_layer=1, n_head=4, vocab_size=len(vocabulary))
+    model = spread(formax.AutoModelForCausalLM.from_config(config, key=KEY))
+    begun = max((token for token in vocabulary if len(token) > 1), key=lambda one: len(beginning(vocabulary, one)))
+    among = beginning(vocabulary, begun)
+    assert len(among) > 2
+    prompts = np.array([[5, 9, 12, vocabulary[begun]], [0, 0, 7, vocabulary[begun]]])
+    mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
+    own: Any = {"token_healing": True, "tokenizer": tokenizer, "max_new_tokens": 1, "pad_token_id": 0}
+    found = np.asarray(model.generate(prompts, attention_mask=mask, **own))[:, 3]
+    for row, before in enumerate(([5, 9, 12], [7])):
+        scores = np.asarray(model(np.array([before])).logits[0, -1])
+        scores[vocabulary[begun]] += 1
+        assert found[row] == among[int(scores[among].argmax())]
+    assert set(found) - {vocabulary[begun]}  # it is a choice
+    whole = next(index for token, index in vocabulary.items() if len(beginning(vocabulary, token)) == 1)
+    assert model.generate([[5, whole]], **own)[0, 1] == whole
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(prompts, attention_mask=mask[:, ::-1], **own)
+
+
+def beginning(vocabulary: dict[str, int], token: str) -> list[int]:
+    return [index for one, index in vocabulary.items() if one.startswith(token)]

@@ -96,6 +96,7 @@ class Family:
             for a configuration that does not.
         counts_tokens: whether positions that are not given are counted over tokens that are no padding. The reference's
             `generate` gives them always, from 0 on, and so does ours.
+        parts: of a model made of models, the architecture and configuration of each.
         flax: what Flax has of it; None for nothing.
         tf: what TensorFlow has of it.
     """
@@ -109,6 +110,7 @@ class Family:
     relative: str | None = None
     old_names: Mapping[str, str] = field(default_factory=dict)
     counts_tokens: bool = False
+    parts: Callable[[Any], tuple[tuple[Architecture, Any], ...]] = lambda c: ()
     flax: Port | None = None
     tf: Port | None = None
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from formax.core import registry
 from formax.core.config import Config
 from formax.core.family import Architecture, Family, Port
 from formax.core.layout import SAME, TRANSPOSE, Layout, Part, Patch, Permute, Reshape
@@ -78,6 +79,8 @@ def check_writable(family: Family, architecture: Architecture, config: Config, f
     """
     there = port(family, framework)
     if there.has(architecture):
+        for part, its in family.parts(config):
+            check_writable(registry.family(its.model_type), part, its, framework)
         lacking = {"pruned_heads": bool(config.pruned_heads), **there.lacks(config)}
         if fields := [f"{name}={getattr(config, name)!r}" for name, lacks in lacking.items() if lacks]:
             raise FrameworkError(f"{family.model_type} with {', '.join(fields)} does not exist in {TITLES[framework]}")
@@ -98,66 +101,77 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
     """
     if framework == "pytorch":
         return Spelling(spec, {}, frozenset())
-    there = port(family, framework)
     nowhere: dict[str, str] = {}
     uncounted: set[str] = set()
-    base = family.base if there.base is None else there.base
-    plain = (entry.name for entry in table(spec).entries)
-    # In TensorFlow the bare model is a layer of a model, too, and its names begin as in those with heads.
-    first = () if framework == "flax" or not base or any(name.startswith(f"{base}.") for name in plain) else (base,)
+    every = [entry.name for entry in table(spec).entries]
 
-    def visit(node: Spec, place: Names | None, plain: Names, path: Path) -> Spec:
-        """The node's spec anew: `place` is the framework's prefix (None where it has nothing), `plain` PyTorch's."""
-        if isinstance(node, At):
-            own = getattr(node, framework)
-            inside = None if place is None or own == "" else _below(place, node.prefix if own is None else own)
-            return visit(node.spec, inside, _below(plain, node.prefix), path)
-        if isinstance(node, tuple):
-            return tuple(visit(part, place, plain, (*path, i)) for i, part in enumerate(node))
-        if isinstance(node, Tied):
-            return {} if place is None else tie(node, place)
-        if isinstance(node, Ignored):
-            return {} if place is None else Ignored(join(_below(place, node.name)))
-        if not isinstance(node, Mapping):
-            raise TypeError(f"{dotted(path)}: a parameter must stand in a dict, under a word for what it is")
-        made: dict[str, Spec] = {}
-        for key, part in node.items():
-            if isinstance(part, Param):
-                made[key] = leaf(key, part, node, place, plain, (*path, key))
-            else:
-                made[key] = visit(part, place, plain, (*path, key))
-        return made
+    def model(spec: Spec, there: Port, base: str, place: Names, plain: Names, path: Path) -> Spec:
+        """A whole model's spec anew: `place` is the framework's prefix before its names, `plain` PyTorch's."""
+        base = base if there.base is None else there.base
+        begins = ".".join((*plain, base, ""))
+        # In TensorFlow the bare model is a layer of a model, too, and its names begin as in those with heads.
+        bare = framework == "tf" and base and not any(name.startswith(begins) for name in every)
 
-    def leaf(key: str, p: Param, around: Mapping[str, Spec], place: Names | None, plain: Names, path: Path) -> Param:
-        own = getattr(p, framework)
-        if place is None or own == "" or p.stored_as is not None:
-            name = ".".join((*plain, p.name))
-            nowhere[name] = dotted(path)
-            if p.stored_as is not None or p.buffer:
-                uncounted.add(name)
-            return replace(p, name=name, also=(), optional=True)
-        name, layout = _kind(key, p, around, framework)
-        name = name if own is None else own
-        # Which tables of TensorFlow's are called which has changed over the years.
-        also = {"embeddings": ("weight",), "weight": ("embeddings",)}.get(name, ()) if key == "embedding" else ()
-        older = tuple(join((*place, one)) for one in also)
-        return replace(p, name=join(_below(place, name)), also=older, layout=layout)
+        def visit(node: Spec, place: Names | None, plain: Names, path: Path) -> Spec:
+            """The node's spec anew; no `place` where the framework has nothing of it."""
+            if isinstance(node, At):
+                own = getattr(node, framework)
+                inside = None if place is None or own == "" else _below(place, node.prefix if own is None else own)
+                below = _below(plain, node.prefix)
+                if node.family is None or inside is None or framework == "flax":  # whose rules are the same for all
+                    return visit(node.spec, inside, below, path)
+                part = registry.family(node.family)
+                return model(node.spec, port(part, framework), part.base, inside, below, path)
+            if isinstance(node, tuple):
+                return tuple(visit(part, place, plain, (*path, i)) for i, part in enumerate(node))
+            if isinstance(node, Tied):
+                return {} if place is None else tie(node, place)
+            if isinstance(node, Ignored):
+                return {} if place is None else Ignored(join(_below(place, node.name)))
+            if not isinstance(node, Mapping):
+                raise TypeError(f"{dotted(path)}: a parameter must stand in a dict, under a word for what it is")
+            made: dict[str, Spec] = {}
+            for key, part in node.items():
+                if isinstance(part, Param):
+                    made[key] = leaf(key, part, node, place, plain, (*path, key))
+                else:
+                    made[key] = visit(part, place, plain, (*path, key))
+            return made
 
-    def tie(tied: Tied, place: Names) -> Spec:
-        # A table that repeats another one. Kernels that repeat a table are in no file: what is there counts.
-        *inside, last = tied.name.split(".")
-        last = (FLAX if framework == "flax" else TF)["embedding"] if last == "weight" else last
-        return Tied(join((*place, *inside, last)), tied.to)
+        def leaf(
+            key: str, p: Param, around: Mapping[str, Spec], place: Names | None, plain: Names, path: Path
+        ) -> Param:
+            own = getattr(p, framework)
+            if place is None or own == "" or p.stored_as is not None:
+                name = ".".join((*plain, p.name))
+                nowhere[name] = dotted(path)
+                if p.stored_as is not None or p.buffer:
+                    uncounted.add(name)
+                return replace(p, name=name, also=(), optional=True)
+            name, layout = _kind(key, p, around, framework)
+            name = name if own is None else own
+            # Which tables of TensorFlow's are called which has changed over the years.
+            also = {"embeddings": ("weight",), "weight": ("embeddings",)}.get(name, ()) if key == "embedding" else ()
+            older = tuple(join((*place, one)) for one in also)
+            return replace(p, name=join(_below(place, name)), also=older, layout=layout)
 
-    def join(parts: Names) -> str:
-        if framework == "flax":
-            return "/".join(parts)
-        out = parts[0]
-        for part in parts[1:]:
-            out += (there.numbered if part.isdigit() else "/") + part
-        return out + ":0"
+        def tie(tied: Tied, place: Names) -> Spec:
+            # A table that repeats another one. Kernels that repeat a table are in no file: what is there counts.
+            *inside, last = tied.name.split(".")
+            last = (FLAX if framework == "flax" else TF)["embedding"] if last == "weight" else last
+            return Tied(join((*place, *inside, last)), tied.to)
 
-    return Spelling(visit(spec, first, (), ()), nowhere, frozenset(uncounted))
+        def join(parts: Names) -> str:
+            if framework == "flax":
+                return "/".join(parts)
+            out = parts[0]
+            for part in parts[1:]:
+                out += (there.numbered if part.isdigit() else "/") + part
+            return out + ":0"
+
+        return visit(spec, (*place, base) if bare else place, plain, path)
+
+    return Spelling(model(spec, port(family, framework), family.base, (), (), ()), nowhere, frozenset(uncounted))
 
 
 def _below(place: Names, name: str) -> Names:

@@ -155,13 +155,15 @@ class At:
     """Puts `prefix` before the checkpoint names of everything in `spec`; leaves the tree as it is.
 
     `flax` and `tf` take its place in those frameworks' checkpoints where they differ: "" says that there is nothing of
-    it there, a name that begins with a slash stands alone, without the prefixes around.
+    it there, a name that begins with a slash stands alone, without the prefixes around. `family` is the model type of
+    what is a whole model in a larger one: the frameworks' rules for that family hold below.
     """
 
     prefix: str
     spec: Spec
     flax: str | None = None
     tf: str | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ class Ignored:
 Spec: TypeAlias = "Param | At | Tied | Ignored | Mapping[str, Spec] | tuple[Spec, ...]"
 
 
-def under(prefix: str, spec: Mapping[str, Spec]) -> dict[str, Spec]:
+def under(prefix: str, spec: Mapping[str, Spec], family: str | None = None) -> dict[str, Spec]:
     """`At` over every entry of a dict, so that heads can be declared beside the base model's parts."""
-    return {key: At(prefix, part) for key, part in spec.items()}
+    return {key: At(prefix, part, family=family) for key, part in spec.items()}
 
 
 def stack_of(prefix: str, specs: Sequence[Spec]) -> tuple[Spec, ...]:

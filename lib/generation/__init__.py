@@ -9,6 +9,7 @@ from formax.generation.config import (
 )
 from formax.generation.constraints import DisjunctiveConstraint, PhrasalConstraint
 from formax.generation.engine import Engine
+from formax.generation.legacy import from_legacy_cache, to_legacy_cache
 from formax.generation.outputs import transition_scores
 from formax.generation.processors import processors_of, then
 from formax.generation.state import Rule, Tokens
@@ -42,10 +43,12 @@ __all__ = [
     "any_of",
     "astream",
     "criteria_of",
+    "from_legacy_cache",
     "generate",
     "processors_of",
     "stop_strings",
     "stream",
     "then",
+    "to_legacy_cache",
     "transition_scores",
 ]

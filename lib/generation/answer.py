@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from formax.generation.legacy import to_legacy_cache
 from formax.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
     GenerateBeamEncoderDecoderOutput,
@@ -71,7 +72,12 @@ def answer(task: Task, texts: Any, seen: dict[str, Any], branches: int = 1) -> A
     context = texts.context.rewound(length - 1) if cache is not None and can_rewind(cache) else texts.context
     found = steps_of(task, texts.record, seen, length - start, branches)
     kind = GenerateEncoderDecoderOutput if task.is_encoder_decoder else GenerateDecoderOnlyOutput
-    return kind(sequences=sequences, cache=context.cache, **found)
+    return kind(sequences=sequences, cache=_returned(task, context.cache), **found)
+
+
+def _returned(task: Task, cache: Any) -> Any:
+    """Caches in the form that is asked for."""
+    return to_legacy_cache(cache) if task.config.return_legacy_cache and cache is not None else cache
 
 
 def beam_answer(
@@ -95,7 +101,7 @@ def beam_answer(
         sequences=sequences,
         sequences_scores=scores if c.output_scores else None,
         beam_indices=parents[:, : longest(task, parents)],
-        cache=search.context.cache,
+        cache=_returned(task, search.context.cache),
         **steps_of(task, search.record, seen, 0 if task.traced else int(search.tokens.new()), c.num_beams),
     )
 

@@ -16,10 +16,13 @@ from formax.layers.attention.cache import Cache, CrossCache, KVCache, caches_of,
 from formax.layers.attention.offloaded import OffloadedCache
 from formax.layers.attention.quantised import BITS, QuantisedCache
 from formax.layers.attention.ring import RingCache
+from formax.layers.attention.sink import SinkCache
+from formax.layers.rope import Rope
 
 RINGS = ("sliding_window", "hybrid", "hybrid_chunked")
 # Of the reference's `cache_config`: what is done here, and what chooses between libraries or layouts of its own.
 QUANTISED = {"nbits": 4, "q_group_size": 64, "residual_length": 128}
+SINK = {"window_length": 256, "num_sink_tokens": 4}  # as the reference's class was used; it had no defaults
 OTHER = ("backend", "axis_key", "axis_value", "compute_dtype", "device")
 
 
@@ -28,11 +31,14 @@ class Kind:
     """A kind of cache, with its settings.
 
     Attributes:
-        name: "full", "ring", "quantised" or "offloaded".
+        name: "full", "ring", "sink", "quantised" or "offloaded".
         windows: of a ring, what each layer's attention sees, None for everything; one entry stands for all layers.
         bits: of a quantised one, of every number.
         group: channels that have a step of their own.
         residual: newest positions that are kept as they are.
+        window: of one with sinks, how many positions are kept.
+        sinks: the first ones among them.
+        rope: how the model turns its keys.
     """
 
     name: str = "full"
@@ -40,6 +46,9 @@ class Kind:
     bits: int = 4
     group: int = 64
     residual: int = 128
+    window: int = 0
+    sinks: int = 0
+    rope: Rope | None = None
 
 
 FULL = Kind()
@@ -55,10 +64,11 @@ def kind_of(config: GenerationConfig, model_config: Config, mode: GenerationMode
     kind, name = _asked(config, model_config), f"cache_implementation={config.cache_implementation!r}"
     if cache is not None:
         kind, name = kind_held(cache), "the cache that is given"
-    if kind.name == "ring" and mode is GenerationMode.ASSISTED:
+    if kind.name in ("ring", "sink") and mode is GenerationMode.ASSISTED:
+        window = kind.window or max(filter(None, kind.windows))
         raise ConfigError(
-            f"{name} keeps a window of {max(filter(None, kind.windows))} positions and cannot go back over tokens that "
-            "the assistant got wrong; leave it out for assisted generation"
+            f"{name} keeps a window of {window} positions and cannot go back over tokens that the assistant got wrong; "
+            "leave it out for assisted generation"
         )
     return kind
 
@@ -67,6 +77,8 @@ def _asked(config: GenerationConfig, model_config: Config) -> Kind:
     name = config.cache_implementation or "dynamic"
     if name == "quantized":
         return _quantised(config.cache_config or {})
+    if name == "sink":
+        return _sink(config.cache_config or {}, model_config)
     if "offloaded" in name:
         return Kind("offloaded")
     if name not in RINGS:
@@ -76,18 +88,40 @@ def _asked(config: GenerationConfig, model_config: Config) -> Kind:
 
 
 def _quantised(given: Mapping[str, Any]) -> Kind:
-    known = (*QUANTISED, *OTHER)
+    bits, group, residual = _settings(given, QUANTISED, OTHER)
+    if bits not in BITS:
+        raise ConfigError(f"cache_config: nbits={bits!r} is none of {', '.join(map(str, BITS))}")
+    for name, value, least in (("q_group_size", group, 1), ("residual_length", residual, 0)):
+        _check_whole(name, value, least)
+    return Kind("quantised", bits=bits, group=group, residual=residual)
+
+
+def _sink(given: Mapping[str, Any], c: Config) -> Kind:
+    window, sinks = _settings(given, SINK)
+    _check_whole("num_sink_tokens", sinks, 0)
+    _check_whole("window_length", window, sinks + 1)
+    rope = getattr(c, "rope", None)
+    if rope is None or any(windows_of(c)) or rope.parameters.get("rope_type") == "dynamic":
+        raise ConfigError(
+            f"cache_implementation='sink' turns keys on as the text moves away from them: that is for models with rotary "
+            f"positions, without windows of their own or dynamic scaling, and not for this {c.model_type}"
+        )
+    return Kind("sink", window=window, sinks=sinks, rope=rope)
+
+
+def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any], others: tuple[str, ...] = ()) -> list[Any]:
+    """The values of `cache_config` for these names."""
+    known = (*defaults, *others)
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"cache_config has no {name!r}{f'; did you mean {near[0]}?' if near else ''}")
-    bits, group, residual = (given.get(name, default) for name, default in QUANTISED.items())
-    if bits not in BITS:
-        raise ConfigError(f"cache_config: nbits={bits!r} is none of {', '.join(map(str, BITS))}")
-    for name, value, least in (("q_group_size", group, 1), ("residual_length", residual, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"cache_config: {name}={value!r} must be a whole number, {least} or more")
-    return Kind("quantised", bits=bits, group=group, residual=residual)
+    return [given.get(name, default) for name, default in defaults.items()]
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"cache_config: {name}={value!r} must be a whole number, {least} or more")
 
 
 def windows_of(c: Config) -> tuple[int | None, ...]:
@@ -121,6 +155,9 @@ def as_kind(tree: Any, kind: Kind) -> Any:
             return QuantisedCache.empty(*shape, **few)
         if kind.name == "offloaded":
             return OffloadedCache.empty(*shape)
+        if kind.name == "sink":
+            assert kind.rope is not None
+            return SinkCache.empty(batch, kind.window, kind.sinks, *shape[2:], rope=kind.rope)
         window = next(each) if kind.name == "ring" else None
         return one if window is None else RingCache.empty(*shape, window=window)
 
@@ -135,6 +172,8 @@ def kind_held(tree: Any) -> Kind:
             return Kind("quantised", bits=one.k.bits, group=one.group, residual=one.residual)
         if isinstance(one, OffloadedCache):
             return Kind("offloaded")
+        if isinstance(one, SinkCache):
+            return Kind("sink", window=one.window, sinks=one.sinks, rope=one.rope)
     if any(isinstance(one, RingCache) for one in held):
         return Kind("ring", tuple(one.window if isinstance(one, RingCache) else None for one in held))
     return FULL

@@ -42,6 +42,7 @@ CACHES = (
     "dynamic_full",
     "offloaded",
     "quantized",
+    "sink",
 )
 OUTPUT_FLAGS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 # What belongs to the call of `generate` and not into its settings.

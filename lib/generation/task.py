@@ -25,6 +25,8 @@ from formax.generation.cache_kinds import as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Known, Prompt, bucket, has_cache, prefill, rewinds
 from formax.generation.dola import layers_of
+from formax.generation.healing import healed
+from formax.generation.legacy import from_legacy_cache, is_legacy
 from formax.generation.state import Rule, known
 from formax.layers.attention import cache as caches
 from formax.layers.seq2seq import states_of
@@ -175,8 +177,6 @@ def task_of(
     overrides, own = split_arguments(model, given)
     config, said = settings_of(model, generation_config, overrides, use_model_defaults)
     config.check()
-    if config.token_healing:
-        raise ConfigError("token_healing=True is not done here: cut the last token of the prompt off yourself")
     mode = config.mode(assistant=assisted)
     traced = not all(map(known, jax.tree.leaves((model.params, inputs, cache, dict(given)))))
     if traced:
@@ -194,12 +194,23 @@ def task_of(
         ids, mask, first = _text_prompt(config, own)
     _check_range("the prompt", ids, vocabulary)
     vectors = not seq2seq and "inputs_embeds" in first
+    if config.token_healing:
+        if seq2seq or vectors or not known(ids):
+            raise ValueError("token_healing is for decoders of texts that are given as input_ids, outside of a trace")
+
+        def scores_of(ids: Any, mask: Any) -> Any:
+            one = {"attention_mask": mask, "max_new_tokens": 1, "token_healing": False}
+            return task_of(model, ids, given=one).known().logits
+
+        ids = healed(ids, mask, tokenizer, scores_of)
     shown, length = ids[:, :0] if vectors else ids, ids.shape[1]
     if mask is not None and not seq2seq and not vectors:
         ids, mask = _aligned(ids, mask)
     config = _with_lengths(model, config, said, length, vectors)
 
     cached = config.use_cache is not False and has_cache(model)
+    if is_legacy(cache):
+        cache = from_legacy_cache(model, cache)
     if cached:
         model.check_unstacked()
     if cache is not None and not cached:
@@ -224,6 +235,10 @@ def task_of(
         mask = np.ones(ids.shape, bool)  # so that positions are given
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
     feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode, cache))
+    if feed.kind.name == "sink" and feed.mask is not None:
+        raise ValueError(
+            "cache_implementation='sink' keeps the first tokens of a text: give rows of one length, without padding"
+        )
     if seq2seq:
         first = _to_encode(model, config, first, main, fill=not seen)
     encoder_length = _encoder_length(model, first, seq2seq)

@@ -77,5 +77,6 @@ FAMILY = Family(
             methods={"encode": encode},
         ),
     ),
-    flax=Port(),
+    parts=composite.parts,
+    flax=Port(lacks=composite.lacks),
 )

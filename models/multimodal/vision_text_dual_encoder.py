@@ -78,7 +78,8 @@ def model_spec(c: VisionTextDualEncoderConfig) -> dict[str, Spec]:
     def tower(key: str, own: Any, projection: str) -> dict[str, Spec]:
         sizes = size_of(own), c.projection_dim
         head = linear_spec(projection, *sizes, ("embed", None), init=normal(0.02), bias=False)
-        return {**under(f"{key}_model", inside(key, reader(own).spec(own))), "head": head}  # type: ignore[arg-type]
+        part: Mapping[str, Spec] = inside(key, reader(own).spec(own))  # type: ignore[assignment]
+        return {**under(f"{key}_model", part, family=own.model_type), "head": head}
 
     return {
         "text": tower("text", c.text_config, "text_projection"),
@@ -106,5 +107,7 @@ FAMILY = Family(
             collected=towers.TRACES,
         ),
     ),
+    parts=lambda c: tuple((reader(own), own) for own in (c.text_config, c.vision_config)),
     flax=Port(),
+    tf=Port(),
 )

@@ -77,5 +77,7 @@ FAMILY = Family(
             methods={"encode": encode},
         ),
     ),
-    flax=Port(),
+    parts=composite.parts,
+    flax=Port(lacks=composite.lacks),
+    tf=Port(lacks=composite.lacks),
 )

@@ -81,8 +81,23 @@ RESNET |= {"out_features": ["stage1"], "out_indices": [1]}
 SQUARE = {"image_size": 12, "patch_size": 4}  # their classes know no other images
 EQUAL = {"conv_dim": [11, 11, 11]}  # TensorFlow's class has as many channels going into a convolution as come out
 
+# Each a family of its own in both frameworks, or a head that is called otherwise than its relatives'.
+BOTH = (
+    *map(Case, ("albert/pre_training", "albert/token_classification", "blenderbot/conditional_generation")),
+    *map(Case, ("blenderbot_small/conditional_generation", "distilbert/masked_lm", "distilbert/question_answering")),
+    *map(Case, ("electra/pre_training", "electra/multiple_choice", "gptj/causal_lm", "marian/conditional_generation")),
+    *map(Case, ("mbart/conditional_generation", "mistral/causal_lm", "mt5/conditional_generation", "mt5/encoder")),
+    *map(Case, ("opt/causal_lm", "pegasus/conditional_generation", "roberta/masked_lm")),
+    *map(Case, ("roberta/sequence_classification", "roberta_prelayernorm/causal_lm", "roformer/masked_lm")),
+    *map(Case, ("roformer/multiple_choice", "xglm/causal_lm", "xlm_roberta/masked_lm", "encoder_decoder/bert_gpt2")),
+    *map(Case, ("vision_encoder_decoder/labels", "vision_text_dual_encoder/vit_bert")),
+)
 CASES: dict[str, tuple[Case, ...]] = {
     "flax": (
+        *BOTH,
+        *map(Case, ("bloom/causal_lm", "gemma/causal_lm", "gpt_neo/causal_lm", "longt5/conditional_generation")),
+        *map(Case, ("longt5/global", "electra/causal_lm", "mbart/sequence_classification")),
+        *map(Case, ("encoder_decoder/bert_bart", "speech_encoder_decoder/labels")),
         *map(Case, ("bert/model", "bert/pre_training", "bert/untied", "gpt2/model", "gpt2/cross", "gpt2/untied")),
         Case("llama/plain_heads", {"rope_theta": 10000.0}),
         *map(Case, ("llama/old_names", "t5/gated_untied", "t5/encoder", "bart/conditional_generation")),
@@ -98,6 +113,9 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case("resnet/image_classification", RESNET, kept=True),
     ),
     "tf": (
+        *BOTH,
+        *map(Case, ("gptj/sequence_classification", "mistral/sequence_classification", "regnet/image_classification")),
+        *map(Case, ("encoder_decoder/bert_bert", "vision_encoder_decoder/vit_gpt2", "vision_text_dual_encoder/loss")),
         *map(Case, ("bert/model", "bert/pre_training", "gpt2/cross", "gpt2/double_heads")),
         *map(Case, ("t5/gated_untied", "bart/conditional_generation")),
         Case("vit/image_classification", SQUARE),
