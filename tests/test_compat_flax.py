@@ -12,7 +12,8 @@ import migration_tables
 import numpy as np
 import optax
 import pytest
-from battery.goldens import Golden, one_each
+from battery.frames import each_of_a_frame
+from battery.goldens import Golden
 from oracle.compare import error, visible
 from oracle.frameworks import CASES, Case, model_from, path_of
 
@@ -64,8 +65,8 @@ def field(out: Any, name: str) -> np.ndarray:
 
 
 def ported() -> list[Golden]:
-    """Of every architecture that transformers had in Flax a golden, and some of others."""
-    there = [one for one in one_each() if one.family.flax is not None and one.family.flax.has(one.architecture)]
+    """Goldens of what transformers had in Flax, of relatives one each, and some of others."""
+    there = [one for one in each_of_a_frame() if one.family.flax is not None and one.family.flax.has(one.architecture)]
     return [*there, Golden("mixtral", "causal_lm"), Golden("detr", "object_detection"), *TRACED]
 
 

@@ -255,9 +255,7 @@ class Config:
         extra = self.__dict__.get("extra")
         if extra is not None and name in extra:
             return extra[name]
-        raise AttributeError(
-            f"{type(self).__name__} has no field {name!r}{_nearest(name, type(self).__dataclass_fields__)}"
-        )
+        raise _NoFieldError(self, name)
 
     def __hash__(self) -> int:
         # A configuration is hashed at every call of a model, and never changes.
@@ -431,6 +429,17 @@ def _told(source: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+class _NoFieldError(AttributeError):
+    """Says which fields are near once it is asked: of most nobody hears (`getattr` with a default)."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        super().__init__(name=name, obj=config)
+
+    def __str__(self) -> str:
+        cls = type(self.obj)
+        return f"{cls.__name__} has no field {self.name!r}{_nearest(self.name, cls.__dataclass_fields__)}"
 
 
 def _nearest(name: str, names: Any) -> str:

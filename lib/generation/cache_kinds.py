@@ -103,8 +103,8 @@ def _sink(given: Mapping[str, Any], c: Config) -> Kind:
     rope = getattr(c, "rope", None)
     if rope is None or any(windows_of(c)) or rope.parameters.get("rope_type") == "dynamic":
         raise ConfigError(
-            f"cache_implementation='sink' turns keys on as the text moves away from them: that is for models with rotary "
-            f"positions, without windows of their own or dynamic scaling, and not for this {c.model_type}"
+            f"cache_implementation='sink' turns keys on as the text moves away from them: that is for models with "
+            f"rotary positions, without windows of their own or dynamic scaling, and not for this {c.model_type}"
         )
     return Kind("sink", window=window, sinks=sinks, rope=rope)
 

@@ -51,6 +51,10 @@ class Golden:
     @property
     def inputs(self) -> Tensors:
         """Arrays of the call; where the reference makes the decoder's ids of labels, these."""
+        return dict(self._inputs)
+
+    @cached_property
+    def _inputs(self) -> Tensors:
         with jax.ensure_compile_time_eval():  # also where somebody traces
             made = objective.inputs_of(self.architecture, self.config, self.given)
             return {name: np.asarray(array) for name, array in made.items()}
@@ -91,7 +95,7 @@ class Golden:
         assert found is not None, f"{self.family_name} has no {self.meta['architecture']}"
         return found
 
-    @property
+    @cached_property
     def config(self) -> Config:
         return self.family.config.from_dict(self.meta["config"], source=f"{self.family_name}/{self.name}")
 

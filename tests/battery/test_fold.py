@@ -1,6 +1,5 @@
 """Layers run one by one, in a loop, or computed again in the backward pass: the same model."""
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from jax.sharding import PartitionSpec
 from oracle.compare import error
 
 import formax
-from battery.goldens import Golden, one_each, weighted
-from formax.core import registry
+from battery.frames import one_a_frame, one_a_kind
+from battery.goldens import Golden, weighted
 from formax.core import spec as specs
-from formax.core.family import Family
 from formax.sharding import make_mesh, shard
 
 # Relative to the standard deviation; of a gradient that is almost nothing, to that of an average one.
@@ -25,55 +23,7 @@ OF_GRADIENTS = 3e-5
 KEY = jax.random.key(0)
 
 
-@cache
-def stacks(golden: Golden) -> frozenset[str]:
-    """Where the tree has layers, if they are all equal."""
-    shapes = specs.abstract(golden.architecture.spec(golden.config))
-    places = {specs.dotted(path[: path.index("layers")]) for path in specs.flatten(shapes) if "layers" in path}
-    try:
-        jax.eval_shape(specs.stack_layers, shapes)
-    except ValueError:
-        return frozenset()
-    return frozenset(places)
-
-
-def one_a_kind() -> list[Golden]:
-    """Of each family one golden for every combination of stacks, the smallest: heads differ after the layers."""
-    found: dict[Any, Golden] = {}
-    for golden in one_each():
-        if own := stacks(golden):
-            kind = golden.family_name, own
-            found[kind] = min(found.get(kind, golden), golden, key=lambda one: len(one.saved_keys))
-    return list(found.values())
-
-
-# Families whose layers are not run as those of their relative: what is kept of maps, experts, kinds that take turns,
-# tables beside the layers.
-OF_THEIR_OWN = {"detr", "mixtral", "gpt_neo", "longt5"}
-
-
-def runs_as_its_relative(family: Family) -> bool:
-    """Whether its layers are in the frame of a relative of its own kind (text, vision, ...)."""
-    if family.relative is None or family.model_type in OF_THEIR_OWN:
-        return False
-    own, other = (one.config.__module__.split(".")[2] for one in (family, registry.family(family.relative)))
-    return own == other
-
-
-def one_a_frame() -> list[Golden]:
-    """Of these the one with most stacks of every family, those aside whose relative says as much."""
-    found: dict[str, Golden] = {}
-    for golden in ALL:
-        if not runs_as_its_relative(golden.family):
-            before = found.get(golden.family_name, golden)
-            found[golden.family_name] = max(before, golden, key=lambda one: len(stacks(one)))
-    return list(found.values())
-
-
-ALL = one_a_kind()
-
-
-@pytest.mark.parametrize("golden", ALL, ids=str)
+@pytest.mark.parametrize("golden", one_a_kind(), ids=str)
 def test_stacked_layers_compute_the_same(golden: Golden, tmp_path: Path) -> None:
     model, _ = golden.open(tmp_path)
     stacked = model.stack_layers()

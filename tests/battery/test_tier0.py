@@ -1,16 +1,15 @@
 """What every architecture must satisfy before anything is computed: names, shapes, types and placements."""
 
-import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
 
+from battery.frames import each_of_a_frame
 from battery.goldens import ROOT, Golden, goldens, one_each
-from battery.trace import traced, unread
+from battery.trace import never_read, traced
 from formax.core import registry
 from formax.core import spec as specs
 from formax.sharding import placements
@@ -53,21 +52,14 @@ def test_full_size_forward_in_bfloat16(golden: Golden) -> None:
         assert made.dtype == jnp.bfloat16, name
 
 
-@pytest.mark.parametrize("architecture", sorted({golden.architecture.name for golden in goldens()}))
+# Gradients show it of the others (test_tier1.py).
+TRACED = {golden.architecture.name for golden in goldens()} - {one.architecture.name for one in each_of_a_frame()}
+
+
+@pytest.mark.parametrize("architecture", sorted(TRACED))
 def test_no_parameter_is_dead(architecture: str) -> None:
     """Every parameter is read by some golden's call, or in training."""
-    read: set[str] = set()
-    declared: set[str] = set()
-    for golden in goldens():
-        if golden.architecture.name == architecture:
-            excused = getattr(golden.hooks, "DEAD", {}).get(architecture)
-            entries = specs.table(golden.architecture.spec(golden.config)).entries
-            weights = {entry.key for entry in entries if entry.param.stored_as is None}
-            declared |= {key for key in weights if not (excused and re.search(excused, key))}
-            for key in (None, jax.random.key(0)):
-                if weights & declared - read:  # else nothing is left to be seen
-                    read |= weights - unread(golden, key)
-    assert declared - read == set()
+    assert never_read(architecture) == set()
 
 
 @pytest.mark.parametrize("golden", one_each(), ids=str)

@@ -1,12 +1,14 @@
 """What can be seen of a forward pass without computing it."""
 
+import re
+from collections.abc import Container
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from battery.goldens import Golden
+from battery.goldens import Golden, goldens
 from formax.core import spec as specs
 from formax.model import HEAD_MASKS
 
@@ -41,3 +43,19 @@ def unread(golden: Golden, key: jax.Array | None) -> set[str]:
     # the leaves of a tree are in the order of its keys, which is not that of the table
     keys = specs.build(golden.architecture.spec(golden.config), lambda entry: entry.key)
     return {key for key, var in zip(jax.tree.leaves(keys), jaxpr.invars, strict=True) if var not in live}
+
+
+def never_read(architecture: str, shown: Container[str] = ()) -> set[str]:
+    """Parameters, by their keys, that no call of an architecture's goldens reads, nor training; `shown` are read."""
+    read: set[str] = set()
+    declared: set[str] = set()
+    for golden in goldens():
+        if golden.architecture.name == architecture:
+            excused = getattr(golden.hooks, "DEAD", {}).get(architecture)
+            entries = specs.table(golden.architecture.spec(golden.config)).entries
+            weights = {entry.key for entry in entries if entry.param.stored_as is None}
+            declared |= {key for key in weights if key not in shown and not (excused and re.search(excused, key))}
+            for key in (None, jax.random.key(0)):
+                if weights & declared - read:  # else nothing is left to be seen
+                    read |= weights - unread(golden, key)
+    return declared - read
