@@ -166,10 +166,12 @@ class Keras:
     Attributes:
         model: its name there, as of `model_name`.
         repeats: {layer: prefix of names}: layers that list another's variables as theirs, too.
+        own: names of variables that are the model's itself, and no layer's.
     """
 
     model: str
     repeats: Mapping[str, str] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
 
 
 def model_name(architecture: str) -> str:
@@ -206,7 +208,8 @@ def write_tf(path: Path, tensors: Mapping[str, Region], fetch: Callable[[str], n
     """
     layers: dict[str, list[str]] = {}
     for name in tensors:
-        layers.setdefault(layer_of(name), []).append(name)
+        if name not in keras.own:
+            layers.setdefault(layer_of(name), []).append(name)
     with _h5py().File(path, "x") as out:
         _set_names(out, "layer_names", list(layers))
         out.attrs["backend"] = b"tensorflow"
@@ -222,7 +225,10 @@ def write_tf(path: Path, tensors: Mapping[str, Region], fetch: Callable[[str], n
                 full = full_name(name, keras.model)
                 out[layer][full] = out[layer_of(name)][full]
             _set_names(out[layer], "weight_names", [full_name(name, keras.model) for name in own + others])
-        _set_names(out.create_group("top_level_model_weights"), "weight_names", [])
+        top, own = out.create_group("top_level_model_weights"), [name for name in keras.own if name in tensors]
+        for name in own:
+            _put(top, f"{keras.model}/{name}", tensors[name], fetch(name))
+        _set_names(top, "weight_names", [f"{keras.model}/{name}" for name in own])
 
 
 def write_tf_shard(path: Path, tensors: Mapping[str, Region], fetch: Callable[[str], np.ndarray], keras: Keras) -> None:

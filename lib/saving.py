@@ -31,11 +31,14 @@ def save(model: Model, directory: Path, max_shard_size: int | str, format: str =
     left_out: frozenset[str] = frozenset()
     keras = None
     if format == "tf":
-        keras = Keras(model_name(model.architecture.name), frameworks.port(model.family, format).repeats)
+        there = frameworks.port(model.family, format)
+        keras = Keras(model_name(model.architecture.name), there.repeats, there.own)
     if format != "pytorch":
         spec, left_out = frameworks.to_write(spec, model.family, model.architecture, model.config, format)
     tensors, fetch = stored_tensors(spec, model.params)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+    copies = {} if format == "pytorch" else frameworks.port(model.family, format).copies
+    tensors |= {copy: tensors[name] for copy, name in copies.items() if name in tensors}
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
     config = model.config.replace(
         architectures=(model.architecture.name,), dtype=dtypes.pop() if len(dtypes) == 1 else model.config.dtype
@@ -48,7 +51,7 @@ def save(model: Model, directory: Path, max_shard_size: int | str, format: str =
     written = write_checkpoint(
         directory,
         tensors,
-        fetch,
+        lambda name: fetch(copies.get(name, name)),
         max_shard_size=max_shard_size,
         files=files,
         framework=format,

@@ -64,6 +64,8 @@ class Port:
         base: prefix of the bare model in TensorFlow, where it is not the family's.
         numbered: what stands before a layer's number in TensorFlow's names.
         repeats: {layer: prefix of names}: layers of TensorFlow's models that list another's parameters as theirs, too.
+        own: names of TensorFlow's parameters that are no layer's, but the model's itself.
+        copies: {name: the name that it repeats}: parameters that TensorFlow's models keep twice.
         lacks: says of a configuration which of its fields have a value that the framework does not implement.
         inputs: inputs of Flax's classes, in their order, where that is not the order of ours.
     """
@@ -72,6 +74,8 @@ class Port:
     base: str | None = None
     numbered: str = "_._"
     repeats: Mapping[str, str] = field(default_factory=dict)
+    own: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     lacks: Callable[[Any], Mapping[str, bool]] = lambda c: {}
     inputs: tuple[str, ...] = ()
 

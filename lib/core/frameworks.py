@@ -127,7 +127,7 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
             if isinstance(node, Tied):
                 return {} if place is None else tie(node, place)
             if isinstance(node, Ignored):
-                return {} if place is None else Ignored(join(_below(place, node.name)))
+                return {} if place is None else passed_over(_below(place, node.name))
             if not isinstance(node, Mapping):
                 raise TypeError(f"{dotted(path)}: a parameter must stand in a dict, under a word for what it is")
             made: dict[str, Spec] = {}
@@ -152,14 +152,21 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
             name = name if own is None else own
             # Which tables of TensorFlow's are called which has changed over the years.
             also = {"embeddings": ("weight",), "weight": ("embeddings",)}.get(name, ()) if key == "embedding" else ()
-            older = tuple(join((*place, one)) for one in also)
-            return replace(p, name=join(_below(place, name)), also=older, layout=layout)
+            older = [join((*place, one)) for one in also]
+            name = join(_below(place, name))
+            older += [copy for copy, of in there.copies.items() if of == name]
+            return replace(p, name=name, also=tuple(older), layout=layout)
 
         def tie(tied: Tied, place: Names) -> Spec:
             # A table that repeats another one. Kernels that repeat a table are in no file: what is there counts.
             *inside, last = tied.name.split(".")
             last = (FLAX if framework == "flax" else TF)["embedding"] if last == "weight" else last
             return Tied(join((*place, *inside, last)), tied.to)
+
+        def passed_over(name: Names) -> Spec:
+            if framework == "tf" and name[-1] == "weight":  # tables that are computed are kept there, too
+                return {"weight": Ignored(join(name)), "table": Ignored(join((*name[:-1], TF["embedding"])))}
+            return Ignored(join(name))
 
         def join(parts: Names) -> str:
             if framework == "flax":

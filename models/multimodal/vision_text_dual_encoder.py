@@ -109,5 +109,5 @@ FAMILY = Family(
     ),
     parts=lambda c: tuple((reader(own), own) for own in (c.text_config, c.vision_config)),
     flax=Port(),
-    tf=Port(),
+    tf=Port(own=("logit_scale:0",)),
 )

@@ -170,5 +170,8 @@ FAMILY = Family(
         *heads.label_heads("Albert", _plain, _pooled, encode, text_encoder.summarised(encode)),
     ),
     flax=Port(),
-    tf=Port(repeats={"predictions": "albert/embeddings/"}),
+    tf=Port(
+        repeats={"predictions": "albert/embeddings/"},
+        copies={"predictions/bias:0": "predictions/decoder/bias:0"},
+    ),
 )

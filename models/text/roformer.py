@@ -40,7 +40,8 @@ def encoder_spec(c: RoFormerConfig) -> dict[str, Spec]:
     """Words and segments, their projection, the table of angles, and layers."""
     tables = {key: part for key, part in text_encoder.embeddings_spec(c).items() if not key.startswith("position")}
     shape = (c.max_position_embeddings, c.head_dim)
-    angles = Param(shape, (None, None), "encoder.embed_positions.weight", embed.vaswani, buffer=True, flax="")
+    name, tf = "encoder.embed_positions.weight", "encoder.embed_positions.embeddings"
+    angles = Param(shape, (None, None), name, embed.vaswani, buffer=True, flax="", tf=tf)
     return {**electra.projected_spec(c), "embed": At("embeddings", tables), "angles": {"embedding": angles}}
 
 

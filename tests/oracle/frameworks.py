@@ -86,18 +86,24 @@ BOTH = (
     *map(Case, ("albert/pre_training", "albert/token_classification", "blenderbot/conditional_generation")),
     *map(Case, ("blenderbot_small/conditional_generation", "distilbert/masked_lm", "distilbert/question_answering")),
     *map(Case, ("electra/pre_training", "electra/multiple_choice", "gptj/causal_lm", "marian/conditional_generation")),
-    *map(Case, ("mbart/conditional_generation", "mistral/causal_lm", "mt5/conditional_generation", "mt5/encoder")),
+    *map(Case, ("mbart/conditional_generation", "mt5/conditional_generation", "mt5/encoder")),
     *map(Case, ("opt/causal_lm", "pegasus/conditional_generation", "roberta/masked_lm")),
-    *map(Case, ("roberta/sequence_classification", "roberta_prelayernorm/causal_lm", "roformer/masked_lm")),
-    *map(Case, ("roformer/multiple_choice", "xglm/causal_lm", "xlm_roberta/masked_lm", "encoder_decoder/bert_gpt2")),
+    *map(Case, ("roberta/sequence_classification", "roberta_prelayernorm/causal_lm")),
+    *(Case(f"roformer/{head}", {"embedding_size": 36}) for head in ("masked_lm", "multiple_choice")),
+    *map(Case, ("xlm_roberta/masked_lm", "encoder_decoder/bert_gpt2")),
     *map(Case, ("vision_encoder_decoder/labels", "vision_text_dual_encoder/vit_bert")),
 )
+PLAIN_ROPE = {"rope_theta": 10000.0}  # theirs are not to be chosen
+WHOLE = {"head_dim": 6, "sliding_window": None}  # TensorFlow's Mistral knows no other heads, and no windows
 CASES: dict[str, tuple[Case, ...]] = {
     "flax": (
         *BOTH,
-        *map(Case, ("bloom/causal_lm", "gemma/causal_lm", "gpt_neo/causal_lm", "longt5/conditional_generation")),
-        *map(Case, ("longt5/global", "electra/causal_lm", "mbart/sequence_classification")),
-        *map(Case, ("encoder_decoder/bert_bart", "speech_encoder_decoder/labels")),
+        Case("bloom/causal_lm", {"hidden_size": 32, "n_head": 4}),  # of other numbers its class has no slopes
+        Case("gemma/causal_lm", PLAIN_ROPE | {"hidden_activation": None}),
+        Case("mistral/causal_lm", PLAIN_ROPE | {"head_dim": 6}),
+        *map(Case, ("gpt_neo/causal_lm", "longt5/conditional_generation", "longt5/global", "electra/causal_lm")),
+        Case("mbart/sequence_classification"),
+        Case("xglm/causal_lm"),
         *map(Case, ("bert/model", "bert/pre_training", "bert/untied", "gpt2/model", "gpt2/cross", "gpt2/untied")),
         Case("llama/plain_heads", {"rope_theta": 10000.0}),
         *map(Case, ("llama/old_names", "t5/gated_untied", "t5/encoder", "bart/conditional_generation")),
@@ -114,7 +120,9 @@ CASES: dict[str, tuple[Case, ...]] = {
     ),
     "tf": (
         *BOTH,
-        *map(Case, ("gptj/sequence_classification", "mistral/sequence_classification", "regnet/image_classification")),
+        *map(Case, ("gptj/sequence_classification", "regnet/image_classification")),
+        *(Case(f"mistral/{head}", WHOLE) for head in ("causal_lm", "sequence_classification")),
+        Case("xglm/causal_lm", {"tie_word_embeddings": False}),
         *map(Case, ("encoder_decoder/bert_bert", "vision_encoder_decoder/vit_gpt2", "vision_text_dual_encoder/loss")),
         *map(Case, ("bert/model", "bert/pre_training", "gpt2/cross", "gpt2/double_heads")),
         *map(Case, ("t5/gated_untied", "bart/conditional_generation")),
