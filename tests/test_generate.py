@@ -596,7 +596,7 @@ def test_healing_chooses_the_end_of_a_prompt_anew() -> None:
     own: Any = {"token_healing": True, "tokenizer": tokenizer, "max_new_tokens": 1, "pad_token_id": 0}
     found = np.asarray(model.generate(prompts, attention_mask=mask, **own))[:, 3]
     for row, before in enumerate(([5, 9, 12], [7])):
-        scores = np.asarray(model(np.array([before])).logits[0, -1])
+        scores = np.array(model(np.array([before])).logits[0, -1])
         scores[vocabulary[begun]] += 1
         assert found[row] == among[int(scores[among].argmax())]
     assert set(found) - {vocabulary[begun]}  # it is a choice
