@@ -126,6 +126,13 @@ def test_names() -> None:
     ):
         assert name in listed
         assert getattr(flax, name).__name__ == name
+    of_words = flax.FLAX_MODEL_FOR_CAUSAL_LM_MAPPING
+    assert of_words[type(config)] is flax.FlaxBertForCausalLM
+    assert "gpt2" in {kind.model_type for kind in of_words}
+    assert "vit" not in {kind.model_type for kind in of_words}
+    assert flax.FLAX_MODEL_MAPPING[type(config)] is flax.FlaxBertModel
+    assert flax.FLAX_MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING.keys() >= {formax.AutoConfig.for_model("t5").__class__}
+    assert flax.CONFIG_MAPPING["gpt2"]().n_layer == 12
     autos = [name for name in formax.__all__ if name.startswith("AutoModel")]
     assert {f"Flax{name}" for name in autos} <= set(listed)
     with pytest.raises(AttributeError, match=r"no class 'FlaxBertForMaskedLN'.*nearest are FlaxBertForMaskedLM"):

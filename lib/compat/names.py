@@ -7,6 +7,7 @@ them is kept, and a family that is registered has its classes, too. What belongs
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,6 +63,24 @@ def tasks() -> dict[str, str]:
     return {name: kind.task for name, kind in kinds}
 
 
+# How transformers spells tasks in the names of its tables, where it is not word by word.
+SPELT = {
+    "ForSeq2SeqLM": "FOR_SEQ_TO_SEQ_CAUSAL_LM",
+    "ForSpeechSeq2Seq": "FOR_SPEECH_SEQ_2_SEQ",
+    "ForVision2Seq": "FOR_VISION_2_SEQ",
+    "ForPreTraining": "FOR_PRETRAINING",
+}
+
+
+def tables(prefix: str) -> dict[str, str]:
+    """{name of a table of classes: its task}, such as FLAX_MODEL_FOR_MASKED_LM_MAPPING."""
+    found = {}
+    for task in tasks().values():
+        words = SPELT.get(task, re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", task).upper())
+        found["_".join(filter(None, (prefix.upper(), "MODEL", words, "MAPPING")))] = task
+    return found
+
+
 @dataclass(frozen=True)
 class Surface:
     """A module of classes as another framework has them.
@@ -84,14 +103,19 @@ class Surface:
         for family in families():
             plain += [*(arch.name for arch in family.architectures), *family.old_names]
         written = [name for name in outputs.WRITTEN if name.startswith(self.prefix)]
-        return sorted([*(f"{self.prefix}{name}" for name in plain), *written])
+        return sorted([*(f"{self.prefix}{name}" for name in plain), *written, *tables(self.prefix), "CONFIG_MAPPING"])
 
     def find(self, name: str) -> Any:
-        """The class of a name: what the module's `__getattr__` gives.
+        """The class of a name, or a table of classes: what the module's `__getattr__` gives.
 
         Raises:
             AttributeError: there is no such class; the message has the nearest.
         """
+        if name == "CONFIG_MAPPING":
+            return {family.model_type: family.config for family in families()}
+        if (task := tables(self.prefix).get(name)) is not None:
+            serve = ((family, family.for_task(task)) for family in families())
+            return {family.config: _class(self, family, found) for family, found in serve if found is not None}
         if not name.startswith(self.prefix):
             raise AttributeError(f"module {self.module!r} has no attribute {name!r}")
         plain = name.removeprefix(self.prefix)
