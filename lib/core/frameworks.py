@@ -145,9 +145,10 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
             if place is None or own == "" or p.stored_as is not None:
                 name = ".".join((*plain, p.name))
                 nowhere[name] = dotted(path)
-                if p.stored_as is not None or p.buffer:
+                lacked = p.stored_as is not None or p.buffer
+                if lacked:
                     uncounted.add(name)
-                return replace(p, name=name, also=(), optional=True)
+                return replace(p, name=name, also=(), optional=True, computed=lacked)
             name, layout = _kind(key, p, around, framework)
             name = name if own is None else own
             # Which tables of TensorFlow's are called which has changed over the years.

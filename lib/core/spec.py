@@ -124,6 +124,7 @@ class Param:
         flax: last part of the name in Flax's checkpoints, where `formax.core.frameworks` has no rule for it; "" says
             that Flax has no such parameter.
         tf: the same for TensorFlow's.
+        computed: of a checkpoint that has no place for it: it is what it begins as, which is nothing to say.
     """
 
     shape: tuple[int, ...]
@@ -137,6 +138,7 @@ class Param:
     stored_as: str | None = None
     flax: str | None = None
     tf: str | None = None
+    computed: bool = False
 
     def __post_init__(self) -> None:
         if len(self.axes) != len(self.shape):
