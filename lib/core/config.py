@@ -434,12 +434,14 @@ def _told(source: str) -> Iterator[None]:
 class _NoFieldError(AttributeError):
     """Says which fields are near once it is asked: of most nobody hears (`getattr` with a default)."""
 
-    def __init__(self, config: Config, name: str) -> None:
-        super().__init__(name=name, obj=config)
+    def __init__(self, config: Config, field: str) -> None:
+        super().__init__(name=field, obj=config)
+        self._cls, self._field = type(config), field
 
     def __str__(self) -> str:
-        cls = type(self.obj)
-        return f"{cls.__name__} has no field {self.name!r}{_nearest(self.name, cls.__dataclass_fields__)}"
+        return (
+            f"{self._cls.__name__} has no field {self._field!r}{_nearest(self._field, self._cls.__dataclass_fields__)}"
+        )
 
 
 def _nearest(name: str, names: Any) -> str:

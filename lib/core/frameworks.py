@@ -120,8 +120,8 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
                 below = _below(plain, node.prefix)
                 if node.family is None or inside is None or framework == "flax":  # whose rules are the same for all
                     return visit(node.spec, inside, below, path)
-                part = registry.family(node.family)
-                return model(node.spec, port(part, framework), part.base, inside, below, path)
+                own_family = registry.family(node.family)
+                return model(node.spec, port(own_family, framework), own_family.base, inside, below, path)
             if isinstance(node, tuple):
                 return tuple(visit(part, place, plain, (*path, i)) for i, part in enumerate(node))
             if isinstance(node, Tied):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from functools import cache
 
 from formax.core.family import Family
 
@@ -99,6 +100,12 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
+@cache
+def _spelt() -> tuple[dict[str, str], dict[str, str]]:
+    """The tables by plain names: {name: key of `MODULES`}, {alias: name}."""
+    return {_plain(key): key for key in MODULES}, {_plain(key): _plain(value) for key, value in ALIASES.items()}
+
+
 def model_types() -> list[str]:
     """Every model type that `family` knows, aliases included."""
     return sorted({*MODULES, *ALIASES, *_registered})
@@ -118,8 +125,8 @@ def family(model_type: str) -> Family:
     name = _plain(model_type)
     if name in _registered:
         return _registered[name]
-    known = {_plain(key): key for key in MODULES}
-    name = {_plain(key): _plain(value) for key, value in ALIASES.items()}.get(name, name)
+    known, aliases = _spelt()
+    name = aliases.get(name, name)
     if name not in known:
         near = difflib.get_close_matches(name, [_plain(key) for key in model_types()], n=3, cutoff=0.5)
         hint = f"; the nearest are {', '.join(near)}" if near else f"; there are {', '.join(model_types())}"

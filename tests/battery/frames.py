@@ -13,6 +13,8 @@ from formax.core.family import Family
 # Families whose layers are not run as those of their relative: what is kept of maps, experts, kinds that take turns,
 # tables beside the layers.
 OF_THEIR_OWN = {"detr", "mixtral", "gpt_neo", "longt5"}
+# Families with layers of BART's frame (layers/transformer.py), though they are no relatives of it.
+OF_BARTS = {"detr", "whisper"}
 
 
 @cache
@@ -60,7 +62,7 @@ def _kind(family: Family) -> str:
 def one_a_frame() -> list[Golden]:
     """Of every frame the golden with most stacks."""
     found: dict[str, Golden] = {}
-    for golden in filter(has_a_frame, one_a_kind()):
+    for golden in (one for one in one_a_kind() if has_a_frame(one) and one.family_name not in OF_BARTS):
         before = found.get(golden.family_name, golden)
         found[golden.family_name] = max(before, golden, key=lambda one: len(stacks(one)))
     return list(found.values())

@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -125,7 +125,11 @@ class Golden:
 
 def goldens() -> list[Golden]:
     """All goldens of families, those of real checkpoints aside; of FORMAX_FAMILIES ("gpt2,t5") only, if it is set."""
-    some = os.environ.get("FORMAX_FAMILIES", "")
+    return _of_families(os.environ.get("FORMAX_FAMILIES", ""))
+
+
+@cache  # one object a golden, which reads its files once
+def _of_families(some: str) -> list[Golden]:
     families = set(some.split(",")) if some else {path.name for path in ROOT.iterdir()} - {"real"}
     files = sorted(path for path in ROOT.glob("*/*.json") if path.parent.name in families)
     return [Golden(path.parent.name, path.stem) for path in files]
