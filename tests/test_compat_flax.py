@@ -95,6 +95,11 @@ def test_a_file_of_the_reference_is_read_and_written(tmp_path: Path) -> None:
     folder = path_of("flax", next(case for case in CASES["flax"] if case.kept)).with_suffix("")
     model = flax.FlaxBertForMaskedLM.from_pretrained(folder)
     model.save_pretrained(tmp_path, max_shard_size="2KB")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_shards'"):
+        model.save_pretrained(tmp_path, max_shards=3)
+    model.save_pretrained(
+        tmp_path, max_shard_size="2KB", push_to_hub=False, commit_message="Step 3"
+    )  # as in run_mlm_flax
     again = flax.FlaxAutoModelForMaskedLM.from_pretrained(tmp_path)
     assert type(again) is flax.FlaxBertForMaskedLM
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}

@@ -26,6 +26,19 @@ def config_of(path_or_repo: Any, options: Mapping[str, Any]) -> Config:
     return read_config(hub.snapshot(path_or_repo if given is None else given, ("config.json",), **where))
 
 
+# What transformers' `save_pretrained` takes for `push_to_hub=True`.
+OF_A_PUSH = {
+    "commit_description", "commit_message", "create_pr", "organization", "private", "repo_id", "repo_name",
+    "repo_path_or_name", "repo_url", "revision", "signature", "tags", "temp_dir", "token", "use_auth_token", "use_temp_dir", "version",
+}  # fmt: skip
+
+
+def check_of_a_push(given: Mapping[str, Any]) -> None:
+    """Raises TypeError for a name that is no argument of pushing to a hub."""
+    if unknown := given.keys() - OF_A_PUSH:
+        raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(unknown)!r}")
+
+
 def save(model: Model, directory: str | Path, max_shard_size: int | str, format: str) -> list[Path]:
     """Saves for a framework; what its classes do not have is written as safetensors, and a warning says why."""
     if format != "pytorch":

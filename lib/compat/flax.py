@@ -448,6 +448,7 @@ class FlaxPreTrainedModel(FlaxGenerationMixin):
         push_to_hub: bool = False,
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = False,
+        **of_a_push: Any,
     ) -> list[Path]:
         """Writes config.json and `flax_model.msgpack`, as transformers' Flax classes open them.
 
@@ -459,10 +460,15 @@ class FlaxPreTrainedModel(FlaxGenerationMixin):
             push_to_hub: not done here.
             max_shard_size: bytes, or text such as "5GB"; more than this is split into numbered files with an index.
             safe_serialization: write safetensors, under PyTorch's names, which every framework opens.
+            **of_a_push: `commit_message`, `repo_id`, ..., which scripts give whether they push or not.
 
         Returns:
             The files written.
+
+        Raises:
+            TypeError: an argument that transformers did not know either.
         """
+        files.check_of_a_push(of_a_push)
         if push_to_hub:
             raise NotImplementedError("push_to_hub: save to a folder, and give it to huggingface_hub.upload_folder")
         ours = self._spelling.ours(self.params if params is None else params)
