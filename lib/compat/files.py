@@ -29,7 +29,8 @@ def config_of(path_or_repo: Any, options: Mapping[str, Any]) -> Config:
 # What transformers' `save_pretrained` takes for `push_to_hub=True`.
 OF_A_PUSH = {
     "commit_description", "commit_message", "create_pr", "organization", "private", "repo_id", "repo_name",
-    "repo_path_or_name", "repo_url", "revision", "signature", "tags", "temp_dir", "token", "use_auth_token", "use_temp_dir", "version",
+    "repo_path_or_name", "repo_url", "revision", "signature", "tags", "temp_dir", "token", "use_auth_token",
+    "use_temp_dir", "version",
 }  # fmt: skip
 
 
