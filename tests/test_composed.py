@@ -64,7 +64,9 @@ def test_it_writes_and_is_saved(name: str, gpt2: formax.Model, bert: formax.Mode
 def test_what_is_said_of_single_tokens_is_read_with_them(gpt2: formax.Model, bert: formax.Model) -> None:
     """`generate` fills ids up to a size that is compiled for, and so their types."""
     model = formax.encoder_decoder(bert, gpt2, key=KEY, decoder_start_token_id=30, pad_token_id=0)
-    given = {**READERS["bert"], "token_type_ids": np.arange(14).reshape(2, 7) % 2}
+    # All tokens are some, also the one that padding has.
+    given = {**READERS["bert"], "attention_mask": np.ones((2, 7), int)}
+    given["token_type_ids"] = np.arange(14).reshape(2, 7) % 2
     out = model.generate(**given, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     alone = model(**given, decoder_input_ids=np.full((2, 1), 30)).logits[:, 0]
     np.testing.assert_allclose(out.logits[0], alone, atol=1e-5)
