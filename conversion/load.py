@@ -175,7 +175,8 @@ def make_plan(
         wanted = dict.fromkeys(name for entry in missing for name in entry.param.layout.names(rename(entry.name)))
         absent = [name for name in wanted if name not in checkpoint]
         raise CheckpointError(_complaint(checkpoint, absent, rest if strict else [], sorted(explained)))
-    # A count that no file holds starts at 0: nothing to report, let alone to train.
+    # A count that no file holds starts at 0, and what a framework computes is computed: nothing to report, let alone to
+    # train.
     new = (entry for entry in fresh if entry.param.stored_as is None and not entry.param.computed)
     initialised = tuple(entry.key for entry in new if entry.key not in mismatched)
     return Plan(found, tuple(fresh), LoadReport(initialised, tuple(mismatched), tuple(left_out + rest)))

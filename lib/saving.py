@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 
@@ -29,15 +30,15 @@ def save(model: Model, directory: Path, max_shard_size: int | str, format: str =
     model = model.unstack_layers()
     spec = model.spec
     left_out: frozenset[str] = frozenset()
+    copies: Mapping[str, str] = {}
     keras = None
-    if format == "tf":
-        there = frameworks.port(model.family, format)
-        keras = Keras(model_name(model.architecture.name), there.repeats, there.own)
     if format != "pytorch":
+        there = frameworks.port(model.family, format)
+        keras = Keras(model_name(model.architecture.name), there.repeats, there.own) if format == "tf" else None
+        copies = there.copies
         spec, left_out = frameworks.to_write(spec, model.family, model.architecture, model.config, format)
     tensors, fetch = stored_tensors(spec, model.params)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-    copies = {} if format == "pytorch" else frameworks.port(model.family, format).copies
     tensors |= {copy: tensors[name] for copy, name in copies.items() if name in tensors}
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
     config = model.config.replace(

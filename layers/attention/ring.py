@@ -103,13 +103,10 @@ class RingCache(Cache):
         first = self.length - size
         order = (first + jnp.arange(size)) % size
 
-        def before(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jnp.concatenate([jnp.take(old, order, axis=1).astype(new.dtype), new], axis=1)
-
         own = mask.since(first, size + count)
         if not isinstance(bias, ALiBi | Bucketed):
             bias = _bias_at(bias, first + jnp.arange(size + count), self.length)
-        out = attention(q, before(self.k, k), before(self.v, v), mask=own, bias=bias, **how)
+        out = attention(q, after(self.k, order, k), after(self.v, order, v), mask=own, bias=bias, **how)
         end = jnp.minimum(self.length + count, self.stop)
         new_k, new_v = kept(self.k, k, self.length, end), kept(self.v, v, self.length, end)
         return out, replace(self, k=new_k, v=new_v, length=end, stop=jnp.int32(NEVER))
@@ -124,6 +121,11 @@ class RingCache(Cache):
         return replace(self, stop=jnp.asarray(length, jnp.int32))
 
 
+def after(old: jax.Array, order: jax.Array, new: jax.Array) -> jax.Array:
+    """Old slots [B, W, ...] in an order, int32 [W], and new positions [B, T, ...] after them."""
+    return jnp.concatenate([jnp.take(old, order, axis=1).astype(new.dtype), new], axis=1)
+
+
 def newest(length: Any, size: int) -> jax.Array:
     """Which position each of `size` slots holds after `length` of them: int32 [size], below 0 where there is none."""
     last = length - 1
@@ -132,9 +134,13 @@ def newest(length: Any, size: int) -> jax.Array:
 
 def kept(old: jax.Array, new: jax.Array, length: Any, end: Any) -> jax.Array:
     """Slots [B, W, ...] after the positions from `length` up to `end`, whose values `new` [B, T, ...] begins with."""
-    at = newest(end, old.shape[1])
+    return placed(old, new, newest(end, old.shape[1]), length, end)
+
+
+def placed(old: jax.Array, new: jax.Array, at: jax.Array, length: Any, end: Any) -> jax.Array:
+    """As `kept`, of slots that hold the positions `at`, int32 [W], then."""
     index = jnp.clip(at - length, 0, new.shape[1] - 1)
-    fresh = (at >= length).reshape(1, -1, *[1] * (old.ndim - 2))
+    fresh = ((at >= length) & (at < end)).reshape(1, -1, *[1] * (old.ndim - 2))
     return jnp.where(fresh, jnp.take(new, index, axis=1).astype(old.dtype), old)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from formax.layers.attention.api import attention
 from formax.layers.attention.cache import Cache
 from formax.layers.attention.mask import Mask
-from formax.layers.attention.ring import NEVER, newest
+from formax.layers.attention.ring import NEVER, after, newest, placed
 from formax.layers.rope import Rope
 
 
@@ -129,22 +129,13 @@ class SinkCache(Cache):
         )
         own = Mask(causal=True, q_offset=sinks + ring, keys=jnp.broadcast_to(seen, (len(q), len(seen))))
 
-        def after(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jnp.concatenate([jnp.take(old, order, axis=1).astype(new.dtype), new], axis=1)
-
-        keys = after(self._with_sinks(self.k, self.first, moved), k)
-        out = attention(q, keys, after(self.v, v), mask=own, **how)
-
-        def held(old: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
-            index = jnp.clip(positions - self.length, 0, count - 1)
-            fresh = ((positions >= self.length) & (positions < end))[None, :, None, None]
-            return jnp.where(fresh, jnp.take(new, index, axis=1).astype(old.dtype), old)
-
-        positions = jnp.concatenate([jnp.arange(sinks), sinks + newest(end - sinks, ring)])
-        first = held(self.first, k, jnp.arange(sinks))
-        new_k = self._with_sinks(held(self.k, k, positions), first, jnp.maximum(end - self.window, 0))
-        own_v = held(self.v, v, positions)
-        return out, replace(self, k=new_k, v=own_v, first=first, length=end, stop=jnp.int32(NEVER))
+        keys = after(self._with_sinks(self.k, self.first, moved), order, k)
+        out = attention(q, keys, after(self.v, order, v), mask=own, **how)
+        at = jnp.concatenate([jnp.arange(sinks), sinks + newest(end - sinks, ring)])
+        new_k, new_v = placed(self.k, k, at, self.length, end), placed(self.v, v, at, self.length, end)
+        first = placed(self.first, k, at[:sinks], self.length, end)
+        new_k = self._with_sinks(new_k, first, jnp.maximum(end - self.window, 0))
+        return out, replace(self, k=new_k, v=new_v, first=first, length=end, stop=jnp.int32(NEVER))
 
     def _with_sinks(self, k: jax.Array, first: jax.Array, moved: jax.Array) -> jax.Array:
         """Keys whose first ones are the sinks', turned on by as much as the window has moved."""

@@ -113,7 +113,7 @@ class Surface:
         """
         if name == "CONFIG_MAPPING":
             return {family.model_type: family.config for family in families()}
-        if (task := tables(self.prefix).get(name)) is not None:
+        if name.endswith("_MAPPING") and (task := tables(self.prefix).get(name)) is not None:
             serve = ((family, family.for_task(task)) for family in families())
             return {family.config: _class(self, family, found) for family, found in serve if found is not None}
         if not name.startswith(self.prefix):
