@@ -259,18 +259,20 @@ def check(
     slopes: bool = True,
     dtype: Any = jnp.float32,
     hasty: bool = False,
+    fixed: tuple[str, ...] = (),
 ) -> None:
-    """Holds values, and with `slopes` all gradients, of `attend(q, k, v, **given)` against the formula.
+    """Holds values, and with `slopes` all gradients but of what is `fixed`, of `attend(q, k, v, **given)` against the
+    formula.
 
     `hasty` is for kernels that are interpreted: what they are made of is large and runs once.
     """
     q, k, v = qkv(z, dtype)
     arrays = {"q": q, "k": k, "v": v, "bias": learned(given), "sinks": given.get("sinks")}
-    live = {name: x for name, x in arrays.items() if x is not None}
+    live = {name: x for name, x in arrays.items() if x is not None and name not in fixed}
     slope = draw(40, z.b, z.t, z.h, z.dv)
 
     def total(live: Any) -> Any:
-        a = dict.fromkeys(arrays) | live
+        a = arrays | live
         out = attend(a["q"], a["k"], a["v"], **with_learned(given, a["bias"], a["sinks"]))
         return (out * slope).sum(), out
 

@@ -1,16 +1,19 @@
-"""The kernel for Hopper, as far as a machine without one can tell: what it refuses, and that it lowers.
+"""The kernels for Hopper, as far as a machine without one can tell: what they compute, refuse, and that they lower.
 
-On a Hopper `tests/test_attention_backends.py` tries its numbers.
+On a Hopper `tests/test_attention_backends.py` tries them for real.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
+import hopper
 import jax
 import jax.numpy as jnp
 import pytest
-from attention_cases import lowering_for
+from attention_cases import BIASES, MASKS, NUMBERS, Sizes, check, lowering_for, options
 
 from formax.layers.attention import ALiBi, Bucketed, Mask, attention, compile_for, explain_attention, mosaic_gpu
+from formax.layers.attention.problem import problem
 
 CALLS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -44,8 +47,8 @@ def test_it_lowers(name: str, head_dim: int) -> None:
     with lowering_for("cuda"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes(head_dim=head_dim))
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert program.count("mosaic_gpu") > 0
-    assert program.count("xla.gpu.triton") == 2  # the backward pass is the portable one
+    assert program.count("stablehlo.custom_call @mosaic_gpu") == (3 if head_dim < 256 else 4)
+    assert program.count("xla.gpu.triton") == 0
 
 
 @pytest.mark.parametrize(
@@ -70,3 +73,52 @@ def test_it_waits_for_a_device_to_prove_it(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(mosaic_gpu, "PROVEN", True)
         assert "mosaic_gpu   <- runs" in explain_attention(*shapes(), mask=mask)
         assert "100 queries are less than 2 blocks of 64" in explain_attention(*shapes(100), mask=mask)
+
+
+# --- its numbers
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several tiles each way, the last ones not full, on the tests' interpreter."""
+    monkeypatch.setattr(mosaic_gpu, "mosaic", lambda: hopper)
+    monkeypatch.setattr(mosaic_gpu, "ROWS", 8)
+    monkeypatch.setattr(mosaic_gpu, "KEYS", {8: 16})
+    monkeypatch.setattr(mosaic_gpu, "FETCHED", 8)
+    with compile_for("cuda", interpret=True), hopper.interpreted():
+        yield
+
+
+def attend(q: Any, k: Any, v: Any, **given: Any) -> Any:
+    return mosaic_gpu.attention(problem(q, k, v, **given))
+
+
+SIZES = Sizes(d=8, dv=8)
+TAKEN = [
+    *((mask, "none", "plain") for mask in MASKS if "dense" not in mask),
+    *(("causal, aligned to the end", bias, "plain") for bias in BIASES if bias.startswith(("alibi", "bucketed"))),
+    *(("causal", "none", numbers) for numbers in NUMBERS),
+    ("causal segments and keys", "bucketed both ways", "all three"),
+]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(("mask", "bias", "numbers"), TAKEN)
+def test_numbers(mask: str, bias: str, numbers: str) -> None:
+    check(attend, SIZES, options(SIZES, mask, bias, numbers), hasty=True, fixed=("bias",))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("z", [Sizes(t=33, s=40, d=8, dv=8, h=6, k=1), Sizes(t=32, s=48, d=8, dv=8, h=3, k=3)])
+@pytest.mark.parametrize("at_once", [8, 4])
+def test_many_channels_take_keys_and_values_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, z: Sizes
+) -> None:
+    monkeypatch.setattr(mosaic_gpu, "TWO_SUMS", at_once)
+    monkeypatch.setattr(mosaic_gpu, "KEYS", {8: 8})  # the last pair of warp groups has keys that do not exist
+    check(attend, z, options(z, "causal segments and keys", "none", "all three"), hasty=True)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_what_a_bias_learns_is_summed_by_the_portable_kernel() -> None:
+    check(attend, SIZES, options(SIZES, "causal", "bucketed both ways", "plain"), hasty=True)

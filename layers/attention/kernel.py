@@ -84,6 +84,7 @@ class Plan(Tiles):
         sinks: there are some.
         heads: columns that are one key's, those of several heads, of which a row sees its own; then `Facts` say what
             is where.
+        turned: a tile is keys by queries, and so is all that `Facts` have of it.
     """
 
     ids: bool
@@ -93,11 +94,12 @@ class Plan(Tiles):
     width: int
     sinks: bool
     heads: int = 1
+    turned: bool = False
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of a tile's scores."""
-        return self.rows, self.keys * self.heads
+        return (self.keys, self.rows) if self.turned else (self.rows, self.keys * self.heads)
 
     @property
     def masked(self) -> bool:
@@ -386,7 +388,7 @@ def _query(plan: Plan, i: Any, facts: Facts) -> Any:
     """The number of each row's query: [rows, columns]."""
     if facts.query is not None:
         return jnp.broadcast_to(facts.query, plan.tile)
-    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, plan.tile, 0)
+    row = i * plan.rows + jax.lax.broadcasted_iota(jnp.int32, plan.tile, int(plan.turned))
     return row if plan.shared == 1 else div(row, plan.shared)
 
 
@@ -394,7 +396,7 @@ def _key(plan: Plan, facts: Facts) -> Any:
     """The number in the tile of each column's key: [rows, columns]."""
     if facts.key is not None:
         return jnp.broadcast_to(facts.key, plan.tile)
-    return jax.lax.broadcasted_iota(jnp.int32, plan.tile, 1)
+    return jax.lax.broadcasted_iota(jnp.int32, plan.tile, int(not plan.turned))
 
 
 def far(plan: Plan, ahead: Any) -> Any:
@@ -443,12 +445,16 @@ def total(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(x, axis=1, keepdims=True), axis=0, keepdims=True)
 
 
-def slopes_of(plan: Plan, raw: Any, i: Any, j: Any, facts: Facts, whole: bool, logs: Any, own: Any, dw: Any) -> Any:
-    """Of a tile, from the slopes `dw` of its weights: (weights, slopes of the scores, of the products)."""
+def weights_of(plan: Plan, raw: Any, i: Any, j: Any, facts: Facts, whole: bool, logs: Any) -> tuple[Any, Any]:
+    """Of a tile, from the logarithms of the denominators: (weights, scores before the bias)."""
     found, capped, seen = scores(plan, raw, i, j, facts, whole=whole)
     weights = jnp.exp(found - logs)
-    if seen is not None:
-        weights = jnp.where(seen, weights, 0.0)
+    return (weights if seen is None else jnp.where(seen, weights, 0.0)), capped
+
+
+def slopes_of(plan: Plan, raw: Any, i: Any, j: Any, facts: Facts, whole: bool, logs: Any, own: Any, dw: Any) -> Any:
+    """Of a tile, from the slopes `dw` of its weights: (weights, slopes of the scores, of the products)."""
+    weights, capped = weights_of(plan, raw, i, j, facts, whole, logs)
     ds = weights * (dw - own)
     if plan.softcap is None:
         return weights, ds, ds * plan.scale
