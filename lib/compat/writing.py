@@ -18,7 +18,7 @@ from formax.compat import outputs
 from formax.compat.generation import as_rules
 from formax.core.family import Architecture, Family
 from formax.generation import transition_scores
-from formax.generation.api import run
+from formax.generation.api import own_way, run
 from formax.generation.config import GenerationConfig, GenerationMode
 from formax.generation.task import Task, settings_of, split_arguments, task_of
 from formax.model import Model
@@ -127,6 +127,12 @@ class GenerationMixin:
         **options: Any,
     ) -> tuple[Task, Any, bool]:
         """What is generated, what is known of it (of `formax.generation.outputs`), and whether it was asked for."""
+        if (way := own_way(model)) is not None:  # both frameworks write one window, and return what is before it
+            given, inputs = (
+                way.prompted(model, inputs, config, {**given, "logits_processor": as_rules(logits_processor)}),
+                None,
+            )
+            logits_processor = given.pop("logits_processor")
         overrides, _ = split_arguments(model, given)
         asked, _ = settings_of(model, config, overrides, options.get("use_model_defaults"))
         # Both frameworks count the prompt where nobody says how long a text may be.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,32 @@ from formax.generation.config import GenerationConfig, GenerationMode
 from formax.generation.task import Task, task_of
 from formax.model import Model
 
+F = TypeVar("F", bound=Callable[..., Any])
+# Families that have a `generate` of their own, which makes use of that of all models: a module with functions
+# `generate` and `prompted`.
+OWN = {"whisper": "formax.generation.whisper"}
 
+
+def own_way(model: Model) -> Any:
+    """The module in which a model's family has a `generate` of its own; None if it has none."""
+    name = OWN.get(model.family.model_type)
+    return importlib.import_module(name) if name and "decoder_input_ids" in model.input_names else None
+
+
+def _by_family(plain: F) -> F:
+    """`generate`, by way of that of the model's family where there is one; `__wrapped__` is that of all models."""
+
+    @wraps(plain)
+    def generate(model: Model, inputs: Any = None, generation_config: Any = None, **arguments: Any) -> Any:
+        own = own_way(model)
+        if own is None or not model.architecture.writes:
+            return plain(model, inputs, generation_config, **arguments)
+        return own.generate(plain, model, inputs, generation_config, **arguments)
+
+    return generate  # type: ignore[return-value]
+
+
+@_by_family
 def generate(
     model: Model,
     inputs: Any = None,
@@ -39,6 +65,8 @@ def generate(
     **arguments: Any,
 ) -> Any:
     """Writes a text for every row of the inputs.
+
+    Whisper has more arguments, and returns transcripts alone: `formax.generation.whisper.generate`.
 
     In a function under `jax.jit`, `jax.pmap` and the like, greedy search, sampling and beams are part of its program.
     Texts are then as long as they may become, filled up with the padding token, and values of inputs are not checked.
@@ -139,6 +167,8 @@ def stream(
     Raises:
         ValueError: as `generate`, and settings that choose between whole texts (beams).
     """
+    if (way := own_way(model)) is not None:
+        arguments, inputs = way.prompted(model, inputs, generation_config, arguments), None
     names = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "use_model_defaults", "tokenizer")
     own = {name: arguments.pop(name) for name in (*names, "cache") if name in arguments}
     key, negative = arguments.pop("key", None), arguments.pop("negative_prompt_ids", None)
