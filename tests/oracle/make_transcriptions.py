@@ -34,9 +34,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from oracle.make_generate import SEEDS, Model, Settings, dumps, opened, written
-
 from oracle import cases
+from oracle.make_generate import SEEDS, Model, Settings, dumps, opened, written
 
 PATH = Path(__file__).resolve().parent.parent / "data" / "transcriptions.json"
 WIDTH = 24  # frames of a window
@@ -174,7 +173,8 @@ def main() -> int:
         out = answered(stored, name, None)
         if any(answered(stored, name, seed) != out for seed in SEEDS):
             wrong.append(f"{name}: weights that are a little off change the text")
-        found["cases"][name] = {"recordings": list(RECORDINGS[recordings]), "name": recordings, "settings": settings} | out
+        said = {"recordings": list(RECORDINGS[recordings]), "name": recordings, "settings": settings}
+        found["cases"][name] = said | out
     if wrong:
         sys.exit("\n".join(wrong))
     text = dumps(json.loads(json.dumps(found)))
