@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 import formax
 from formax import generation
+from formax.generation import api
 
 DATA = Path(__file__).parent / "data" / "generate"
 FAMILIES = sorted(path.stem for path in DATA.glob("*.json"))
@@ -98,7 +99,7 @@ def settings_of(case: dict[str, Any]) -> dict[str, Any]:
 
 def plain(model: Any) -> Any:
     """`generate` of all models, also where a family has its own before it (Whisper: `test_whisper.py`)."""
-    return partial(generation.generate.__wrapped__, model) if model.family.model_type == "whisper" else model.generate
+    return partial(api.plain, model) if model.family.model_type == "whisper" else model.generate
 
 
 def shapes(value: Any) -> Any:

@@ -19,10 +19,9 @@ from oracle import cases
 from test_generate_goldens import written
 
 import formax
-from formax import generation
 from formax.compat import flax, tf
 from formax.core.config import ConfigError
-from formax.generation import whisper
+from formax.generation import api, whisper
 from formax.generation.whisper import alignment, detect_language, windows
 from formax.generation.whisper.call import Call
 
@@ -107,7 +106,7 @@ class Counting:
 
     def __call__(self, *args: Any, **given: Any) -> Any:
         self.calls.append(given)
-        return generation.generate.__wrapped__(*args, **given)
+        return api.plain(*args, **given)
 
 
 def ratio(text: np.ndarray) -> float:
@@ -117,7 +116,7 @@ def ratio(text: np.ndarray) -> float:
 
 def test_what_looks_wrong_is_written_again_at_a_higher_temperature(opened: Opener) -> None:
     model, (sound, _) = opened(), recordings("asks for the language")
-    given = {"language": "en", "key": jax.random.key(0), "return_segments": True}
+    given: dict[str, Any] = {"language": "en", "key": jax.random.key(0), "return_segments": True}
     first = [one[0]["result"][4:] for one in model.generate(sound, **given).segments]
     ratios = sorted(map(ratio, first))
     assert ratios[1] < ratios[2]
@@ -133,7 +132,7 @@ def test_what_looks_wrong_is_written_again_at_a_higher_temperature(opened: Opene
 
 def test_nothing_is_conditioned_on_what_was_drawn_hot(opened: Opener) -> None:
     model, (sound, _) = opened(), recordings("long")
-    given = {"language": "en", "condition_on_prev_tokens": True, "key": jax.random.key(0)}
+    given: dict[str, Any] = {"language": "en", "condition_on_prev_tokens": True, "key": jax.random.key(0)}
     for temperatures, longer in ((0.4, True), (0.5, False)):
         plain = Counting()
         whisper.generate(plain, model, sound, **given, temperature=temperatures)

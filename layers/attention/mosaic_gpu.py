@@ -165,7 +165,7 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             return sums, new, total
 
         of_keys = jax.lax.div(head, jnp.int32(shared))
-        fetched = {
+        fetched: dict[str, Any] = {
             "k": (k_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
             "v": (v_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
         }
@@ -223,9 +223,7 @@ def slopes_of_queries(plan: Plan, given: dict[str, jax.Array]) -> jax.Array:
         block = jax.lax.axis_index("block")
         first, count = steps(plan, refs, row, block)
         mine = block * GROUPS + group
-        queries, slopes, logs, own, q_ids, arrived = (
-            x.at[group] for x in (queries, slopes, logs, own, q_ids, arrived)
-        )
+        queries, slopes, logs, own, q_ids, arrived = (x.at[group] for x in (queries, slopes, logs, own, q_ids, arrived))
 
         def compute(run: Any) -> None:
             part = pl.ds(mine * ROWS, ROWS)
@@ -254,7 +252,7 @@ def slopes_of_queries(plan: Plan, given: dict[str, jax.Array]) -> jax.Array:
             mg.barrier_arrive(values_used)
             facts = facts_of(one, refs, row, head, q_ids, *k_ids)
             wide = [along(x[...], one.tile, 0) for x in (logs, own)]
-            _, _, du = slopes_of(one, raw, mine, first + at[0], facts, not plan.masked, *wide, dw)
+            _, _, du = slopes_of(one, raw, mine, first + at[0], facts, not plan.masked, wide[0], wide[1], dw)
             for used in ids_used:
                 mg.barrier_arrive(used)
             half = du.astype(q.dtype)
@@ -263,7 +261,7 @@ def slopes_of_queries(plan: Plan, given: dict[str, jax.Array]) -> jax.Array:
             return total
 
         of_keys = jax.lax.div(head, jnp.int32(shared))
-        fetched = {
+        fetched: dict[str, Any] = {
             "k": (k_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
             "v": (v_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
         }
@@ -287,7 +285,7 @@ def slopes_of_queries(plan: Plan, given: dict[str, jax.Array]) -> jax.Array:
 
 
 def slopes_of_keys(plan: Plan, given: dict[str, jax.Array], wanted: tuple[str, ...]) -> list[jax.Array]:
-    """Slopes of keys, of values or of both [B, S', K, D]: they stay, queries of all heads that share them are fetched."""
+    """Slopes of keys, of values or of both [B, S', K, D]: they stay, queries of all heads that share them come by."""
     mg = mosaic()
     k = given["k"]
     b, sp, heads, d = k.shape
@@ -328,7 +326,7 @@ def slopes_of_keys(plan: Plan, given: dict[str, jax.Array], wanted: tuple[str, .
             of, free = dict(zip(streamed, parts, strict=False)), dict(zip(streamed, used, strict=False))
             q_ids, ids_used = parts[len(streamed) :], used[len(streamed) :]
             totals = dict(zip(wanted, carry, strict=True))
-            facts = facts_of(one, arrays, row, head * shared + at[0], *q_ids or [None], k_ids)
+            facts = facts_of(one, arrays, row, head * shared + at[0], q_ids[0] if q_ids else None, k_ids)
             logs = along(of["logs"][...], one.tile, 1)
             place = first + at[1], mine, facts, not plan.masked
 
@@ -362,8 +360,9 @@ def slopes_of_keys(plan: Plan, given: dict[str, jax.Array], wanted: tuple[str, .
             mg.barrier_arrive(free["q"])
             return tuple(totals.values())
 
-        fetched = {}
+        fetched: dict[str, Any] = {}
         for name in streamed:
+            spec: Any
             if name in ("q", "slope"):
                 spec = (plan.rows, None, d), lambda g, i: (first + i, head * shared + g, 0)
             else:

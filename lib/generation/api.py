@@ -33,7 +33,7 @@ def own_way(model: Model) -> Any:
 
 
 def _by_family(plain: F) -> F:
-    """`generate`, by way of that of the model's family where there is one; `__wrapped__` is that of all models."""
+    """`generate`, by way of that of the model's family where there is one."""
 
     @wraps(plain)
     def generate(model: Model, inputs: Any = None, generation_config: Any = None, **arguments: Any) -> Any:
@@ -116,6 +116,10 @@ def generate(
     )
     negative = negative_prompt_ids, negative_prompt_attention_mask
     return run(task, key, streamer, negative, assistant_model, {"inputs": inputs, "given": arguments})
+
+
+# That of all models, also where the family has its own.
+plain: Callable[..., Any] = generate.__wrapped__  # type: ignore[attr-defined]
 
 
 def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -50,7 +50,8 @@ class Wishes:
     @classmethod
     def of(cls, given: Mapping[str, Any], config: GenerationConfig) -> Wishes:
         """What a call gives, and what it leaves to the settings, where temperatures are those of all models."""
-        own = {name: given.get(name) for name in (f.name for f in fields(cls)) if given.get(name) is not None}
+        names = [f.name for f in fields(cls)]
+        own: dict[str, Any] = {name: given[name] for name in names if given.get(name) is not None}
         for name in ("language", "task", "is_multilingual", "return_timestamps", "condition_on_prev_tokens",
                      "compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):  # fmt: skip
             own.setdefault(name, getattr(config, name, None))
@@ -196,7 +197,7 @@ class Call:
         config, own = self.config, self.wishes
         if config.decoder_start_token_id is None:
             raise ConfigError("the decoder begins with a token: decoder_start_token_id must be set")
-        tokens: list[int | None] = [config.decoder_start_token_id]
+        tokens: list[Any] = [config.decoder_start_token_id]
         if own.task is None and own.language is None:  # older checkpoints say it in this way
             forced = dict(getattr(config, "forced_decoder_ids", None) or ())
             if sorted(forced) != list(range(1, len(forced) + 1)):
@@ -214,7 +215,7 @@ class Call:
             return np.asarray(made) if known(made) else made
         return np.asarray([self.start(tokens, language) for language in languages], np.int32)
 
-    def start(self, tokens: list[int | None], language: int | None) -> list[int]:
+    def start(self, tokens: list[Any], language: int | None) -> list[int]:
         """The tokens before one transcript."""
         if language is not None:
             tokens = [tokens[0], language, *tokens[2:]]
@@ -248,7 +249,7 @@ class Call:
         return jnp.asarray(table, jnp.int32)[next_scores(self.model, memory, start, None, 0)[:, table].argmax(-1)]
 
     def before(
-        self, starts: np.ndarray, rows: Sequence[int], told: Sequence[np.ndarray | None]
+        self, starts: np.ndarray, rows: Iterable[int], told: Sequence[np.ndarray | None]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The decoder's prompts of one window of some recordings: tokens [R, P], and which are no padding.
 
@@ -329,7 +330,7 @@ class Call:
         """The arguments of `generate` of all models for prompts [R, P] at a temperature."""
         rules = list(self.given.get("logits_processor", ()))
         if self.stamped:
-            end = (*self.config.eos_token_ids, self.config.bos_token_id)[0]
+            end: Any = (*self.config.eos_token_ids, self.config.bos_token_id)[0]
             make = partial(processors.whisper_timestamps, self.first_stamp - 1, end, ids.shape[1])
             rules.insert(0, make(max_initial_timestamp_index=getattr(self.config, "max_initial_timestamp_index", None)))
         made = {**self.given, "logits_processor": rules, "decoder_input_ids": ids, "num_return_sequences": 1}
@@ -344,7 +345,7 @@ class Call:
             made["decoder_attention_mask"] = mask
         return {**made, **heard}
 
-    def windows(self, sources: Sequence[int], seek: Sequence[int]) -> jax.Array:
+    def windows(self, sources: Any, seek: Any) -> jax.Array:
         """Features of a window of some recordings, each from its frame on: [R, mels, width], zeros after the end."""
         out = np.zeros((len(sources), self.features.shape[1], self.width), np.float32)
         for own, source, at in zip(out, sources, seek, strict=True):
@@ -352,7 +353,7 @@ class Call:
             own[:, : part.shape[1]] = part
         return jnp.asarray(out)
 
-    def hear(self, sources: Sequence[int], seek: Sequence[int]) -> jax.Array:
+    def hear(self, sources: Any, seek: Any) -> jax.Array:
         """The encoder's states of such windows [R, S, E]."""
         if self.features is None:
             return jnp.asarray(states_of(self.given["encoder_outputs"]))[np.asarray(sources)]

@@ -123,20 +123,21 @@ def taken(
     Returns:
         What `plain` returned last, and the windows.
     """
-    own, silence, most = call.wishes, np.zeros(len(ids)), math.inf
+    own, most = call.wishes, math.inf
+    silence: Any = np.zeros(len(ids))
     if own.no_speech_threshold is not None:  # the token of silence is before that of no times
         x = [call.filled(one) for one in (memory, ids, mask)]
         silence = jax.nn.softmax(next_scores(call.model, *x, ids.shape[1] - begin))[:, call.first_stamp - 2]
         silence, most = np.asarray(silence), own.no_speech_threshold
-    todo, windows, found = np.arange(len(ids)), {}, None
+    todo, windows, found = np.arange(len(ids)), dict[int, Window](), None
     for temperature in own.temperatures:
         key, used = (None, None) if key is None else jax.random.split(key)
         heard = None if features is None else features[todo]
         found, made = write(call, plain, memory[todo], heard, ids[todo], mask[todo], temperature, used)
-        for n, window in zip(todo, made, strict=True):
+        for n, window in zip(todo.tolist(), made, strict=True):
             silent = is_unlikely(call, window) and silence[n] > most
             windows[n] = replace(window, silent=silent)
-        todo = np.asarray([n for n in todo if not windows[n].silent and is_wrong(call, windows[n])], int)
+        todo = np.asarray([n for n in todo.tolist() if not windows[n].silent and is_wrong(call, windows[n])], int)
         if not len(todo):
             break
     return found, [windows[n] for n in range(len(ids))]
@@ -159,7 +160,7 @@ def write(
         heard = {"input_features": call.filled(features)}
     given = call.arguments(full_ids, full_mask, temperature, heard)
     found = plain(call.model, None, call.generation_config, **{**given, "key": key})
-    texts = np.asarray(found.sequences if isinstance(found, Output) else found)
+    texts = np.asarray(getattr(found, "sequences", found))
     likely = None
     if call.wishes.logprob_threshold is not None:
         parents = getattr(found, "beam_indices", None)
