@@ -17,6 +17,7 @@ from oracle.make_processors import (
     PHOTOS,
     RECORDINGS,
     SEGMENTED,
+    call_of,
     detections,
     image,
     kept,
@@ -77,7 +78,7 @@ def test_images_equal_the_reference(name: str, golden: dict[str, Any], tmp_path:
     case = IMAGES[name]
     write_files(tmp_path, case)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    batch = processor(inputs_of(case), return_tensors="np", **case.get("call", {}))
+    batch = processor(inputs_of(case), return_tensors="np", **call_of(case))
     assert batch.pixel_values.dtype == np.float32
     assert_equal(batch, expected(golden, name), case, PIXELS)
 
@@ -437,7 +438,7 @@ def with_tokenizer(path: Path) -> Path:
 def test_unknown_types_are_named_with_those_there_are(tmp_path: Path) -> None:
     odd = folder(tmp_path, preprocessor_config={"image_processor_type": "OddImageProcessor"})
     with pytest.raises(
-        UnknownProcessorError, match=r"no image processor 'OddImageProcessor'; there are CLIPImage.*ViTIm"
+        UnknownProcessorError, match=r"no image processor 'OddImageProcessor'; there are BeitImage.*ViTIm"
     ):
         AutoImageProcessor.from_pretrained(odd)
     with pytest.raises(UnknownProcessorError, match="no image processor 'OddImageProcessor'"):
@@ -448,7 +449,7 @@ def test_unknown_types_are_named_with_those_there_are(tmp_path: Path) -> None:
         AutoFeatureExtractor.from_pretrained(odd)
     with pytest.raises(UnknownProcessorError, match="no feature extractor"):
         FeatureExtractor.from_pretrained(odd)
-    with pytest.raises(UnknownProcessorError, match="there are CLIPImage"):
+    with pytest.raises(UnknownProcessorError, match="there are BeitImage"):
         ImageProcessor.of_type("OddImageProcessor")
     with pytest.raises(UnknownProcessorError, match="nothing says which image processor this is; there are"):
         AutoImageProcessor.from_pretrained(folder(tmp_path, preprocessor_config={}))
@@ -691,3 +692,23 @@ def test_a_long_recording_is_worked_off_in_parts(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(extractor(sound, padding=False)["input_features"], whole, atol=1e-6)
     with pytest.raises(ValueError, match="read-only"):
         extractor.mel_filters[0, 0] = 1
+
+
+def test_maps_of_classes() -> None:
+    """They are as large as the images, keep their classes, and 0 is none of them where that is said."""
+    beit = ImageProcessor.from_config({"feature_extractor_type": "BeitFeatureExtractor", "reduce_labels": True})
+    assert beit.do_reduce_labels
+    photo, classes = levels(40, 60, 3), np.repeat(np.arange(60)[None] // 20, 40, axis=0)
+    batch = beit(photo, classes, size=30, crop_size=20)
+    assert batch.labels[0].shape == batch.pixel_values[0].shape[1:] == (20, 20)
+    assert set(np.unique(batch.labels[0])) == {0, 1, 255}
+    kept = beit([photo], [classes], do_reduce_labels=False, do_resize=False, do_center_crop=False)
+    np.testing.assert_array_equal(kept.labels[0], classes)
+    with pytest.raises(ValueError, match="1 segmentation_maps for 2 images"):
+        beit([photo, photo], [classes])
+    with pytest.raises(ValueError, match=r"segmentation map 0: use a class for every pixel, \[H, W\]"):
+        beit(photo, [photo])
+    with pytest.raises(ValueError, match="DetrImageProcessor pads its images"):
+        ImageProcessor.of_type("DetrImageProcessor")(photo, classes)
+    with pytest.raises(ValueError, match="ViTImageProcessor takes no 'do_reduce_labels'"):
+        ImageProcessor.of_type("ViTImageProcessor", do_reduce_labels=True)

@@ -9,6 +9,7 @@ small image is split the other way. What they can do beyond the others (crop, pa
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,20 +47,29 @@ _COMMON: dict[str, Any] = {
 _RGB: dict[str, Any] = {"do_convert_rgb": None}
 _CROP: dict[str, Any] = {"do_center_crop": False, "crop_size": None}
 _PAD: dict[str, Any] = {"do_pad": False, "pad_size": None}
+_CLIP: dict[str, Any] = _COMMON | {
+    "do_convert_rgb": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
 
 # The settings that a type takes, with its defaults; a setting that is not here does nothing in that type.
 _SLOW: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _COMMON | _RGB | {"size": {"height": 224, "width": 224}},
     "ConvNextImageProcessor": _COMMON | {"size": {"shortest_edge": 384}, "crop_pct": 224 / 256},
-    "CLIPImageProcessor": _COMMON
+    "CLIPImageProcessor": _CLIP,
+    "BitImageProcessor": _CLIP,
+    "BeitImageProcessor": _COMMON
     | {
-        "do_convert_rgb": True,
-        "size": {"shortest_edge": 224},
+        "size": {"height": 256, "width": 256},
         "resample": 3,
         "do_center_crop": True,
         "crop_size": {"height": 224, "width": 224},
-        "image_mean": (0.48145466, 0.4578275, 0.40821073),
-        "image_std": (0.26862954, 0.26130258, 0.27577711),
+        "do_reduce_labels": False,
     },
     "DetrImageProcessor": _COMMON
     | {
@@ -78,6 +88,8 @@ _MODEL_TYPES = {
     "ConvNextImageProcessor": "convnext convnextv2 cvt regnet resnet van",
     "CLIPImageProcessor": "aimv2 aimv2_vision_model clip clip_vision_model git groupvit kosmos-2 metaclip_2 mlcd"
     " vipllava xclip",
+    "BitImageProcessor": "bit dinov2 focalnet hiera",
+    "BeitImageProcessor": "beit data2vec-vision",
     "DetrImageProcessor": "detr table-transformer",
 }
 TYPE_OF_MODEL_TYPE = {model_type: name for name, types in _MODEL_TYPES.items() for model_type in types.split()}
@@ -90,7 +102,7 @@ def canonical(name: str) -> str:
 
 def _historic(name: str) -> tuple[str, ...]:
     """Settings that a type had under other names."""
-    return ("max_size", "pad_and_return_pixel_mask") if "Detr" in name else ()
+    return ("max_size", "pad_and_return_pixel_mask") if "Detr" in name else ("reduce_labels",) if "Beit" in name else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +120,7 @@ class ImageProcessor:
         crop_size: height and width of the crop in the middle.
         crop_pct: the part of a resized image's edge that is cropped out (ConvNext, below 384 pixels).
         pad_size: height and width that images are padded to; the largest of the batch by default.
+        do_reduce_labels: in segmentation maps 0 is no class (and becomes 255), and classes count from 1 (BEiT).
         other: what else the file said; kept for `save_pretrained`.
     """
 
@@ -126,6 +139,7 @@ class ImageProcessor:
     image_std: float | tuple[float, ...] = _HALVES
     do_pad: bool = False
     pad_size: Mapping[str, int] | None = None
+    do_reduce_labels: bool = False
     other: Mapping[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------ reading, writing
@@ -162,11 +176,13 @@ class ImageProcessor:
         longest = historic.get("max_size", 1333) if "Detr" in name else None
         if "pad_and_return_pixel_mask" in historic:
             given["do_pad"] = historic["pad_and_return_pixel_mask"]
+        if "reduce_labels" in historic:
+            given.setdefault("do_reduce_labels", historic["reduce_labels"])
         defaults = TYPES[name]
         settings = defaults | {key: value for key, value in given.items() if key in defaults}
         dropped = ("image_processor_type", "feature_extractor_type", *defaults)
         try:
-            size = steps.size_dict(settings.pop("size"), square="ViT" in name, longest=longest)
+            size = steps.size_dict(settings.pop("size"), square="ViT" in name or "Beit" in name, longest=longest)
             for key in ("crop_size", "pad_size"):
                 if settings.get(key) is not None:
                     settings[key] = steps.size_dict(settings[key], square=True, name=key)
@@ -182,7 +198,8 @@ class ImageProcessor:
 
     def _check(self) -> None:
         """Raises ValueError for settings that cannot be."""
-        for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb"):
+        switches = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_pad", "do_convert_rgb")
+        for key in (*switches, "do_reduce_labels"):
             if not isinstance(getattr(self, key), bool | None):
                 raise ValueError(f"{key}={getattr(self, key)!r}: use true or false")
         if type(self.resample) is not int or self.resample not in steps.RESAMPLING:
@@ -295,18 +312,22 @@ class ImageProcessor:
     def __call__(
         self,
         images: Any,
+        segmentation_maps: Any = None,
         *,
         return_tensors: str | None = None,
         data_format: str = "channels_first",
         input_data_format: str | None = None,
         **settings: Any,
     ) -> BatchFeature:
-        """Makes `pixel_values` [B, C, H, W] (and `pixel_mask` [B, H, W]) of images.
+        """Makes `pixel_values` [B, C, H, W] (and `pixel_mask`, `labels` [B, H, W]) of images.
 
         Args:
             images: an image or a list of them: of Pillow (made RGB where the model wants three channels), arrays
                 [H, W, C] or [C, H, W] of grey levels or of floats, paths of files; or an array with a batch axis.
                 Values between 0 and 1 want `do_rescale=False`.
+            segmentation_maps: for each image the class of every pixel, 0 to 255: of Pillow ("L", "P") or an array
+                [H, W]. They are resized and cropped as their images are, but by the nearest pixel: classes have no
+                mean. (The reference resizes them as it does images.)
             return_tensors: "np", "jax", or None: NumPy, where images that end with different sizes stay a list.
             data_format: "channels_first" or "channels_last", of what is returned.
             input_data_format: the same of arrays given, where their shape does not tell.
@@ -319,6 +340,7 @@ class ImageProcessor:
             changed = self.replace(**settings)
             return changed(
                 images,
+                segmentation_maps,
                 return_tensors=return_tensors,
                 data_format=data_format,
                 input_data_format=input_data_format,
@@ -340,10 +362,36 @@ class ImageProcessor:
             }
             padded = [steps.pad(array, **(self.pad_size or largest)) for array in arrays]
             arrays, data["pixel_mask"] = [array for array, _ in padded], [mask for _, mask in padded]
+        if segmentation_maps is not None:
+            data["labels"] = self._labels(segmentation_maps, len(arrays))
         if data_format == "channels_first":
             arrays = [array.transpose(2, 0, 1) for array in arrays]
         hint = "pass a fixed size (height and width), a crop, or padding where the type has it"
         return as_batch({"pixel_values": arrays, **data}, return_tensors, hint)
+
+    def _labels(self, maps: Any, images: int) -> list[np.ndarray]:
+        """Segmentation maps [H', W'], int64, as large as the images are made."""
+        if self.do_pad:
+            raise ValueError(f"{self.image_processor_type} pads its images: it takes no segmentation_maps")
+        each = list(maps) if isinstance(maps, list | tuple) or np.ndim(maps) == 3 else [maps]
+        if len(each) != images:
+            raise ValueError(f"{len(each)} segmentation_maps for {images} images")
+        place = dataclasses.replace(self, do_rescale=False, do_normalize=False, resample=0).pipeline
+        found = []
+        for index, one in enumerate(each):
+            array = np.asarray(one)
+            if array.ndim != 2 or array.dtype.kind not in "iub":
+                raise ValueError(
+                    f"segmentation map {index}: use a class for every pixel, [H, W], whole numbers; this is of shape "
+                    f"{array.shape}, {array.dtype}"
+                )
+            if self.do_reduce_labels:
+                array = np.where(array == 0, 255, np.where(array == 255, 255, array.astype(np.int64) - 1))
+            array = array[..., None]
+            for step in place:
+                array = step(array)
+            found.append(array[..., 0].astype(np.int64))
+        return found
 
     def _one(self, image: np.ndarray) -> np.ndarray:
         """[H, W, C] -> [H', W', C]."""

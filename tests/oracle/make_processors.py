@@ -55,6 +55,13 @@ def image(name: str) -> Any:
     }[kind]
 
 
+def classes(name: str) -> np.ndarray:
+    """The made-up classes of the pixels of an image, uint8 [H, W]: patches of 0, 1, 2, 7 and 255."""
+    height, width = map(int, name.split("x"))
+    y, x = np.ogrid[:height, :width]
+    return np.array([0, 1, 2, 7, 255], np.uint8)[(y // 5 + x // 7) % 5]
+
+
 def recording(name: str) -> np.ndarray:
     """The made-up recording of a name: "8000 float32": sines that come and go, and noise, in so many samples."""
     count, _, dtype = name.partition(" ")
@@ -210,6 +217,44 @@ IMAGES: dict[str, dict[str, Any]] = {
             "resample": 5,
         },
     },
+    "dinov2": {
+        "config": {
+            "image_processor_type": "BitImageProcessor",
+            "size": {"shortest_edge": 25},
+            "crop_size": {"height": 22, "width": 17},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+            "resample": 3,
+        },
+        "images": ["RGB 37x53", "RGBA 61x29"],
+    },
+    "dinov2_untyped": {"config": {"size": {"shortest_edge": 23}, "crop_size": 20}, "model_type": "dinov2"},
+    "beit": {"config": {"image_processor_type": "BeitImageProcessor", "size": 25, "crop_size": 22}},
+    "beit_historic": {
+        "config": {
+            "crop_size": 20,
+            "do_center_crop": False,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "BeitFeatureExtractor",
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 2,
+            "size": 21,
+        },
+        "model_type": "beit",
+    },
+    # The reference resizes classes as it does pixels, which only the nearest one leaves whole.
+    "beit_maps": {
+        "config": {
+            "image_processor_type": "BeitImageProcessor",
+            "size": {"height": 25, "width": 23},
+            "crop_size": {"height": 27, "width": 20},
+            "resample": 0,
+            "do_reduce_labels": True,
+        },
+        "maps": ["37x53", "61x29", "24x24"],
+    },
     "detr": {
         "config": {"image_processor_type": "DetrImageProcessor", "size": {"shortest_edge": 20, "longest_edge": 33}},
         "images": [*PHOTOS, "RGB 20x25", "RGB 21x90"],
@@ -335,6 +380,12 @@ def write_files(folder: Path, case: dict[str, Any]) -> None:
         (folder / "config.json").write_text(json.dumps({"model_type": case["model_type"]}))
 
 
+def call_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call."""
+    maps = {"segmentation_maps": [classes(name) for name in case["maps"]]} if "maps" in case else {}
+    return {**case.get("call", {}), **maps}
+
+
 def kept(value: np.ndarray, case: dict[str, Any]) -> np.ndarray:
     """The part of an output that is in the file: every so many of the last axis."""
     return value[..., :: case.get("kept", 1)]
@@ -358,7 +409,7 @@ def answers(cases: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
             else:
                 opened = transformers.AutoImageProcessor.from_pretrained(folder, use_fast=False)
                 inputs = made(case.get("images", PHOTOS), image)
-        made_of_it = opened(inputs, return_tensors="np", **case.get("call", {}))
+        made_of_it = opened(inputs, return_tensors="np", **call_of(case))
         out |= {f"{name}.{key}": kept(np.asarray(value), case) for key, value in made_of_it.items()}
         saved[name] = json.loads(opened.to_json_string())
     out["saved"] = np.asarray(json.dumps(saved, sort_keys=True))
