@@ -1,5 +1,6 @@
 """`generate` and `stream` beyond the reference's texts: padding, programs, caches, ends, chance, what is refused."""
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import programs
+from test_generate_goldens import written
 
 import formax
 from formax.core.config import ConfigError
@@ -604,6 +606,21 @@ def test_healing_chooses_the_end_of_a_prompt_anew() -> None:
     assert model.generate([[5, whole]], **own)[0, 1] == whole
     with pytest.raises(ValueError, match="pad on the left"):
         model.generate(prompts, attention_mask=mask[:, ::-1], **own)
+
+
+def test_healing_equals_the_reference(tmp_path: Path) -> None:
+    """`tests/oracle/make_healing.py` says where the reference cannot be followed."""
+    data = Path(__file__).parent / "data"
+    golden = json.loads((data / "healing.json").read_text())
+    model = formax.from_pretrained(written(tmp_path, golden["model"], {}))
+    tokenizer = formax.AutoTokenizer.from_pretrained(data / "text" / "bytelevel")
+    changed = 0
+    for text, case in golden["cases"].items():
+        given: Any = {"token_healing": True, "tokenizer": tokenizer, "max_new_tokens": 1}
+        found = np.asarray(model.generate([case["ids"]], **given))[0, :-1].tolist()
+        assert found == case["healed"], text
+        changed += found != case["ids"]
+    assert 0 < changed < len(golden["cases"])
 
 
 def beginning(vocabulary: dict[str, int], token: str) -> list[int]:
