@@ -150,6 +150,26 @@ def test_generate_equals_the_reference(family: str, name: str, opened: Opener) -
         assert shapes(getattr(out, key)) == right, key
 
 
+def test_a_decoder_alone_assists_an_encoder_decoder(opened: Opener, tmp_path: Path) -> None:
+    """It looks at the states of the model's own encoder; whatever it guesses, the text stays what it was."""
+    model, config = opened("bart"), opened("bart").config
+    model.save_pretrained(tmp_path)
+    draft = formax.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert draft.architecture.name == "BartForCausalLM"
+    given = {"input_ids": inputs_of("bart", "one")["input_ids"], "max_new_tokens": 12}
+    own = np.asarray(model.generate(**given))
+    assert len(set(own.ravel().tolist())) > 4
+    for assistant in (draft, draft.replace(params=jax.tree.map(lambda x: 1.1 * x, draft.params))):
+        np.testing.assert_array_equal(np.asarray(model.generate(**given, assistant_model=assistant)), own)
+    mask = np.ones_like(given["input_ids"])
+    mask[:, -1] = 0
+    with pytest.raises(ValueError, match="a decoder alone looks at all states: give inputs without padding"):
+        model.generate(**given, attention_mask=mask, assistant_model=draft)
+    narrow = formax.AutoModelForCausalLM.from_config(config.replace(d_model=16), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="looks at 16 channels, and the model's encoder has"):
+        model.generate(**given, assistant_model=narrow)
+
+
 @pytest.mark.parametrize(("family", "name"), SAMPLING, ids=[f"{family}-{name}" for family, name in SAMPLING])
 def test_samples_have_the_distribution_of_the_reference(family: str, name: str, opened: Opener) -> None:
     case = golden(family)["sampling"][name]

@@ -195,12 +195,27 @@ def test_other_arguments_of_generate(opened: Opener) -> None:
     assert (np.asarray(drawn)[::2] != np.asarray(drawn)[1::2]).any()
     one = sound[:1]
     np.testing.assert_array_equal(np.asarray(model.generate(one, assistant_model=model, **given))[0], right[0])
-    seen: list[Any] = []
+    seen = model.generate(one, return_dict_in_generate=True, output_hidden_states=True, **given)
+    assert (len(seen.encoder_hidden_states), len(seen.decoder_hidden_states[0])) == (3, 3)
+    done: list[Any] = []
     long, _ = recordings("long")
-    model.generate(long, language="en", monitor_progress=seen.append)
-    done = np.concatenate(seen)
-    assert (np.diff(done[:, 0]) > 0).all()
-    assert (done[:, 1] == long.shape[-1]).all()
+    model.generate(long, language="en", monitor_progress=done.append)
+    frames = np.concatenate(done)
+    assert (np.diff(frames[:, 0]) > 0).all()
+    assert (frames[:, 1] == long.shape[-1]).all()
+
+
+def test_a_decoder_alone_assists(opened: Opener, tmp_path: Path) -> None:
+    """As those that were distilled do, which share the encoder's states: another decoder, the same text."""
+    model, (sound, _) = opened(), recordings("long")
+    folder = written(tmp_path, GOLDEN["model"], GOLDEN["model"]["generation_config"])
+    draft = formax.AutoModelForCausalLM.from_pretrained(folder)
+    assert draft.architecture.name == "WhisperForCausalLM"
+    odd = draft.replace(params=jax.tree.map(lambda x: 1.1 * x, draft.params))
+    given = {"language": "en", "return_timestamps": True}
+    own = np.asarray(model.generate(sound, begin_suppress_tokens=None, **given))
+    for assistant in (draft, odd):
+        np.testing.assert_array_equal(np.asarray(model.generate(sound, assistant_model=assistant, **given)), own)
 
 
 @pytest.mark.parametrize("cls", [flax.FlaxWhisperForConditionalGeneration, tf.TFWhisperForConditionalGeneration])

@@ -27,6 +27,7 @@ from formax.generation.decoding import Context, Feed, read
 from formax.generation.sampling import Rules, noted, read_last, written
 from formax.generation.state import Tokens
 from formax.generation.task import Task, task_of
+from formax.layers.seq2seq import states_of
 from formax.model import HEAD_MASKS, Model
 
 
@@ -296,14 +297,43 @@ def write(task: Task, key: Array | None, assistant: Model | None, given: dict[st
 
 
 def _its_task(task: Task, assistant: Model, given: dict[str, Any]) -> Task:
-    """The same task for the assistant."""
+    """The same task for the assistant; a decoder alone looks at what the model's own encoder makes of the inputs."""
     names = ("max_new_tokens", "decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
     own = {name: x for name, x in given["given"].items() if name in set(assistant.input_names) | set(HEAD_MASKS)}
+    inputs = given["inputs"]
+    if (memory := _memory_input(task.model, assistant)) is not None:
+        own, inputs = {memory: _memory(task.model, given), "attention_mask": np.ones(task.shown.shape)}, task.shown
     settings = {name: getattr(task.config, name) for name in names}
-    other = task_of(assistant, given["inputs"], GenerationConfig(), use_model_defaults=False, given=own | settings)
+    other = task_of(assistant, inputs, GenerationConfig(), use_model_defaults=False, given=own | settings)
     if not other.rewinds or other.prompt.ids.shape != task.prompt.ids.shape:
         raise ValueError(f"{assistant.architecture.name} reads this prompt in another way, so it cannot assist")
     return other
+
+
+def _memory_input(model: Model, assistant: Model) -> str | None:
+    """By which name a decoder alone is given the states of an encoder; None if it is like the model."""
+    if "decoder_input_ids" not in model.input_names or "decoder_input_ids" in assistant.input_names:
+        return None
+    return next((name for name in ("encoder_hidden_states", "encoder_outputs") if name in assistant.input_names), None)
+
+
+def _memory(model: Model, given: dict[str, Any]) -> Array:
+    """The encoder's states [B, S, E] of the inputs, or those that are given.
+
+    Raises:
+        ValueError: some of the inputs are padding, which the decoder would have to be told.
+    """
+    own = {name: x for name, x in given["given"].items() if x is not None}
+    if own.get("encoder_outputs") is not None:
+        states = states_of(own["encoder_outputs"])
+    else:
+        encoder = model.as_method("encode")
+        own |= {} if given["inputs"] is None else {model.input_names[0]: given["inputs"]}
+        made = encoder(**{name: x for name, x in own.items() if name in encoder.input_names})
+        states = made.last_hidden_state
+    if own.get("attention_mask") is not None and not np.all(own["attention_mask"]):
+        raise ValueError("an assistant that is a decoder alone looks at all states: give inputs without padding")
+    return states
 
 
 def check_assistant(model: Model, assistant: Model) -> None:
@@ -313,10 +343,15 @@ def check_assistant(model: Model, assistant: Model) -> None:
         raise ValueError(
             f"the assistant has a vocabulary of {sizes[1]}, the model one of {sizes[0]}: they must be the same tokens"
         )
-    if model.input_names[0] != assistant.input_names[0] or ("decoder_input_ids" in model.input_names) != (
-        "decoder_input_ids" in assistant.input_names
-    ):
+    alike = model.input_names[0] == assistant.input_names[0]
+    alike &= ("decoder_input_ids" in model.input_names) == ("decoder_input_ids" in assistant.input_names)
+    if not alike and _memory_input(model, assistant) is None:
         raise ValueError(f"{assistant.architecture.name} takes other inputs than {model.architecture.name}")
+    widths = [getattr(one.config, "hidden_size", None) for one in (model, assistant)]
+    if not alike and widths[0] != widths[1]:
+        raise ValueError(
+            f"the assistant's decoder looks at {widths[1]} channels, and the model's encoder has {widths[0]}"
+        )
 
 
 def lower_layers(model: Model, count: int) -> Model:

@@ -286,7 +286,7 @@ def prefill(model: Model, feed: Feed, prompt: Prompt, room: int, count: int) -> 
     start = prompt.start if feed.cached else 0
     logits, context, seen = read(model, feed, context, tokens, start, count, keep=last, first=prompt.first)
     if not feed.cached:  # what the text is about is looked at again in every step
-        about = {"encoder_outputs": seen.get("encoder_last_hidden_state")}
+        about = {"encoder_outputs": seen.get("encoder_last_hidden_state", prompt.first.get("encoder_outputs"))}
         about |= {"encoder_hidden_states": prompt.first.get("encoder_hidden_states")}
         memory = {name: x for name, x in about.items() if x is not None}
         context = replace(context, memory=context.memory | memory)

@@ -422,8 +422,8 @@ def _to_encode(
 def _encoder_length(model: Model, first: Mapping[str, Any], seq2seq: bool) -> int:
     """How many states the decoder looks at."""
     if not seq2seq:
-        states = first.get("encoder_hidden_states")
-        return 0 if states is None else int(np.shape(states)[1])
+        states = first.get("encoder_hidden_states", first.get("encoder_outputs"))  # by either name
+        return 0 if states is None else int(states_of(states).shape[-2])
     if "encoder_outputs" in first:
         return int(states_of(first["encoder_outputs"]).shape[-2])
     encoder = model.as_method("encode")

@@ -181,6 +181,14 @@ class Call:
         return all(map(known, jax.tree.leaves((self.model.params, self.features, self.given.get("encoder_outputs")))))
 
     @property
+    def hears_again(self) -> bool:
+        """Whether the encoder's states are not enough: for another model's encoder, or what is seen within it."""
+        c, assistant = self.config, self.given.get("assistant_model")
+        seen = c.return_dict_in_generate and (c.output_attentions or c.output_hidden_states)
+        another = assistant is not None and assistant.input_names[0] == self.model.input_names[0]
+        return self.features is not None and bool(another or seen)
+
+    @property
     def first_stamp(self) -> int:
         """The token of the time 0; beyond all tokens where there are no times."""
         without = getattr(self.config, "no_timestamps_token_id", None)

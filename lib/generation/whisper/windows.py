@@ -83,7 +83,7 @@ def run(call: Call, plain: Callable[..., Any]) -> Any:
         told = [call.told(parts[row]) if goes_on[row] else None for row in rows]
         prompt = call.before(starts, rows, told)
         key, used = (None, None) if key is None else jax.random.split(key)
-        features = None if call.given.get("assistant_model") is None else call.windows(sources[rows], seek[rows])
+        features = call.windows(sources[rows], seek[rows]) if call.hears_again else None
         found, windows = taken(call, plain, memory, features, *prompt, starts.shape[1], used)
         left = np.minimum(frames[rows] - seek[rows], call.width)
         for row, window, states, rest in zip(rows, windows, memory, left.tolist(), strict=True):
@@ -114,7 +114,7 @@ def taken(
         call: what is asked for.
         plain: `generate` of all models.
         memory: the encoder's states [R, S, E].
-        features: the windows, if a second model wants to hear them.
+        features: the windows, where the encoder's states are not enough.
         ids: what is before the transcripts [R, P].
         mask: which of that is no padding.
         begin: how much of it is from the token of the start on.
