@@ -11,7 +11,7 @@ import pytest
 
 import formax
 from formax.core.config import ConfigError
-from formax.generation.cache_kinds import Kind, as_kind, kind_of, windows_of
+from formax.generation.cache_kinds import FULL, FewBits, OnHost, Rings, as_kind, kind_of, windows_of
 from formax.generation.config import GenerationConfig, GenerationMode
 from formax.generation.legacy import from_legacy_cache, to_legacy_cache
 from formax.generation.task import task_of
@@ -393,14 +393,13 @@ def test_tuples_are_keys_and_values_of_all(llama: Model) -> None:
 
 
 def test_kinds_follow_from_settings(llama: Model, windowed: Model) -> None:
-    def kind(name: str | None, model: Model = llama, mode: Any = GenerationMode.GREEDY, **few: Any) -> Kind:
+    def kind(name: str | None, model: Model = llama, mode: Any = GenerationMode.GREEDY, **few: Any) -> Any:
         return kind_of(GenerationConfig(cache_implementation=name, cache_config=few or None), model.config, mode)
 
-    full = Kind()
-    assert kind(None) == kind("static") == kind("dynamic") == kind("hybrid") == kind("sliding_window") == full
-    assert kind("hybrid", windowed) == kind("hybrid_chunked", windowed) == Kind("ring", (WINDOW,))
-    assert kind("offloaded_static").name == kind("offloaded_hybrid").name == kind("offloaded").name == "offloaded"
-    assert kind("quantized") == Kind("quantised", bits=4, group=64, residual=128)
+    assert kind(None) == kind("static") == kind("dynamic") == kind("hybrid") == kind("sliding_window") == FULL
+    assert kind("hybrid", windowed) == kind("hybrid_chunked", windowed) == Rings((WINDOW,))
+    assert kind("offloaded_static") == kind("offloaded_hybrid") == kind("offloaded") == OnHost()
+    assert kind("quantized") == FewBits(bits=4, group=64, residual=128)
     assert kind("quantized", nbits=8, residual_length=3, backend="quanto").residual == 3
     with pytest.raises(ConfigError, match="has no 'nbit'; did you mean nbits"):
         kind("quantized", nbit=8)
@@ -424,10 +423,10 @@ def test_layers_have_windows_of_their_own(windowed: Model) -> None:
         sliding_window, layer_types = 4, ("sliding_attention", "full_attention")
 
     assert windows_of(Layered()) == (4, None)  # type: ignore[arg-type]
-    made = as_kind((KVCache.empty(1, 9, 1, 4), KVCache.empty(1, 9, 1, 4)), Kind("ring", (4, None)))
+    made = as_kind((KVCache.empty(1, 9, 1, 4), KVCache.empty(1, 9, 1, 4)), Rings((4, None)))
     assert [type(one) for one in made] == [RingCache, KVCache]
     with pytest.raises(ValueError, match="windows of 2 layers, the cache has 1"):
-        as_kind((KVCache.empty(1, 9, 1, 4),), Kind("ring", (4, None)))
+        as_kind((KVCache.empty(1, 9, 1, 4),), Rings((4, None)))
 
 
 def test_channels_that_do_not_fill_bytes() -> None:

@@ -28,30 +28,76 @@ OTHER = ("backend", "axis_key", "axis_value", "compute_dtype", "device")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of cache, with its settings.
+    """A kind of cache: full ones, which families make. Each other kind says what takes the place of a full one."""
 
-    Attributes:
-        name: "full", "ring", "sink", "quantised" or "offloaded".
-        windows: of a ring, what each layer's attention sees, None for everything; one entry stands for all layers.
-        bits: of a quantised one, of every number.
-        group: channels that have a step of their own.
-        residual: newest positions that are kept as they are.
-        window: of one with sinks, how many positions are kept.
-        sinks: the first ones among them.
-        rope: how the model turns its keys.
-    """
+    def made(self, one: KVCache, layer: int) -> Cache:
+        """An empty cache of this kind in the place of an empty full one, of a layer."""
+        return one
 
-    name: str = "full"
-    windows: tuple[int | None, ...] = ()
-    bits: int = 4
-    group: int = 64
-    residual: int = 128
-    window: int = 0
-    sinks: int = 0
-    rope: Rope | None = None
+    @property
+    def window(self) -> int | None:
+        """Positions that are kept, where older ones are lost."""
+        return None
+
+
+@dataclass(frozen=True)
+class Rings(Kind):
+    """Of windows: what each layer's attention sees, None for everything; one entry stands for all layers."""
+
+    windows: tuple[int | None, ...]
+
+    def made(self, one: KVCache, layer: int) -> Cache:
+        window = self.windows[layer if len(self.windows) > 1 else 0]
+        return one if window is None else RingCache.empty(*_shape(one), window=window)
+
+    @property
+    def window(self) -> int | None:
+        return max(filter(None, self.windows))
+
+
+@dataclass(frozen=True)
+class Sinks(Kind):
+    """Of the first positions and a window: how many are kept, the first among them, and how the model turns keys."""
+
+    kept: int
+    sinks: int
+    rope: Rope
+
+    def made(self, one: KVCache, layer: int) -> Cache:
+        batch, _, *shape = _shape(one)
+        return SinkCache.empty(batch, self.kept, self.sinks, *shape, rope=self.rope)
+
+    @property
+    def window(self) -> int | None:
+        return self.kept
+
+
+@dataclass(frozen=True)
+class FewBits(Kind):
+    """Of few bits a number: those, channels that have a step of their own, and newest positions kept as they are."""
+
+    bits: int
+    group: int
+    residual: int
+
+    def made(self, one: KVCache, layer: int) -> Cache:
+        return QuantisedCache.empty(*_shape(one), bits=self.bits, group=self.group, residual=self.residual)
+
+
+@dataclass(frozen=True)
+class OnHost(Kind):
+    """In the host's memory."""
+
+    def made(self, one: KVCache, layer: int) -> Cache:
+        return OffloadedCache.empty(*_shape(one))
 
 
 FULL = Kind()
+
+
+def _shape(one: KVCache) -> tuple[Any, ...]:
+    """Rows, positions, heads, channels and dtype."""
+    return (*one.k.shape, one.k.dtype)
 
 
 def kind_of(config: GenerationConfig, model_config: Config, mode: GenerationMode, cache: Any = None) -> Kind:
@@ -64,11 +110,10 @@ def kind_of(config: GenerationConfig, model_config: Config, mode: GenerationMode
     kind, name = _asked(config, model_config), f"cache_implementation={config.cache_implementation!r}"
     if cache is not None:
         kind, name = kind_held(cache), "the cache that is given"
-    if kind.name in ("ring", "sink") and mode is GenerationMode.ASSISTED:
-        window = kind.window or max(filter(None, kind.windows))
+    if kind.window is not None and mode is GenerationMode.ASSISTED:
         raise ConfigError(
-            f"{name} keeps a window of {window} positions and cannot go back over tokens that the assistant got wrong; "
-            "leave it out for assisted generation"
+            f"{name} keeps a window of {kind.window} positions and cannot go back over tokens that the assistant got "
+            "wrong; leave it out for assisted generation"
         )
     return kind
 
@@ -80,11 +125,11 @@ def _asked(config: GenerationConfig, model_config: Config) -> Kind:
     if name == "sink":
         return _sink(config.cache_config or {}, model_config)
     if "offloaded" in name:
-        return Kind("offloaded")
+        return OnHost()
     if name not in RINGS:
         return FULL
     windows = windows_of(model_config)
-    return Kind("ring", windows) if any(windows) else FULL
+    return Rings(windows) if any(windows) else FULL
 
 
 def _quantised(given: Mapping[str, Any]) -> Kind:
@@ -93,7 +138,7 @@ def _quantised(given: Mapping[str, Any]) -> Kind:
         raise ConfigError(f"cache_config: nbits={bits!r} is none of {', '.join(map(str, BITS))}")
     for name, value, least in (("q_group_size", group, 1), ("residual_length", residual, 0)):
         _check_whole(name, value, least)
-    return Kind("quantised", bits=bits, group=group, residual=residual)
+    return FewBits(bits, group, residual)
 
 
 def _sink(given: Mapping[str, Any], c: Config) -> Kind:
@@ -106,7 +151,7 @@ def _sink(given: Mapping[str, Any], c: Config) -> Kind:
             f"cache_implementation='sink' turns keys on as the text moves away from them: that is for models with "
             f"rotary positions, without windows of their own or dynamic scaling, and not for this {c.model_type}"
         )
-    return Kind("sink", window=window, sinks=sinks, rope=rope)
+    return Sinks(window, sinks, rope)
 
 
 def _settings(given: Mapping[str, Any], defaults: Mapping[str, Any], others: tuple[str, ...] = ()) -> list[Any]:
@@ -139,29 +184,11 @@ def as_kind(tree: Any, kind: Kind) -> Any:
     Raises:
         ValueError: windows for another number of layers.
     """
-    own = [one for one in caches_of(tree) if type(one) is KVCache]
-    windows = kind.windows * len(own) if len(kind.windows) == 1 else kind.windows
-    if kind.name == "ring" and len(windows) != len(own):
-        raise ValueError(f"the configuration has windows of {len(windows)} layers, the cache has {len(own)}")
-    each = iter(windows)
-
-    def made(one: Cache) -> Cache:
-        if type(one) is not KVCache:
-            return one
-        batch, room, heads, width = one.k.shape
-        shape = batch, room, heads, width, one.k.dtype
-        if kind.name == "quantised":
-            few = {"bits": kind.bits, "group": kind.group, "residual": kind.residual}
-            return QuantisedCache.empty(*shape, **few)
-        if kind.name == "offloaded":
-            return OffloadedCache.empty(*shape)
-        if kind.name == "sink":
-            assert kind.rope is not None
-            return SinkCache.empty(batch, kind.window, kind.sinks, *shape[2:], rope=kind.rope)
-        window = next(each) if kind.name == "ring" else None
-        return one if window is None else RingCache.empty(*shape, window=window)
-
-    return map_caches(made, tree)
+    count = sum(type(one) is KVCache for one in caches_of(tree))
+    if isinstance(kind, Rings) and len(kind.windows) not in (1, count):
+        raise ValueError(f"the configuration has windows of {len(kind.windows)} layers, the cache has {count}")
+    layers = iter(range(count))
+    return map_caches(lambda one: kind.made(one, next(layers)) if type(one) is KVCache else one, tree)
 
 
 def kind_held(tree: Any) -> Kind:
@@ -169,11 +196,11 @@ def kind_held(tree: Any) -> Kind:
     held = [one for one in caches_of(tree) if not one.recurrent and not isinstance(one, CrossCache)]
     for one in held:
         if isinstance(one, QuantisedCache):
-            return Kind("quantised", bits=one.k.bits, group=one.group, residual=one.residual)
+            return FewBits(one.k.bits, one.group, one.residual)
         if isinstance(one, OffloadedCache):
-            return Kind("offloaded")
+            return OnHost()
         if isinstance(one, SinkCache):
-            return Kind("sink", window=one.window, sinks=one.sinks, rope=one.rope)
+            return Sinks(one.window, one.sinks, one.rope)
     if any(isinstance(one, RingCache) for one in held):
-        return Kind("ring", tuple(one.window if isinstance(one, RingCache) else None for one in held))
+        return Rings(tuple(one.window if isinstance(one, RingCache) else None for one in held))
     return FULL

@@ -21,7 +21,7 @@ import numpy as np
 from formax.core.config import ConfigError
 from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
-from formax.generation.cache_kinds import as_kind, kind_held, kind_of
+from formax.generation.cache_kinds import Sinks, as_kind, kind_held, kind_of
 from formax.generation.config import OUTPUT_FLAGS, GenerationConfig, GenerationMode
 from formax.generation.decoding import SEEN, Feed, Known, Prompt, bucket, has_cache, prefill, rewinds
 from formax.generation.dola import layers_of
@@ -235,7 +235,7 @@ def task_of(
         mask = np.ones(ids.shape, bool)  # so that positions are given
     feed = Feed.of(model, padded=mask is not None, cached=cached, seen=seen)
     feed = dataclasses.replace(feed, kind=kind_of(config, model.config, mode, cache))
-    if feed.kind.name == "sink" and feed.mask is not None:
+    if isinstance(feed.kind, Sinks) and feed.mask is not None:
         raise ValueError(
             "cache_implementation='sink' keeps the first tokens of a text: give rows of one length, without padding"
         )
