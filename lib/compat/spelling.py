@@ -110,13 +110,13 @@ def spelling(family: Family, architecture: Architecture, config: Config) -> Spel
     if family.flax is None:
         return _new(specs.table(spec).entries)
     found = frameworks.respell(spec, family, "flax")
-    entries = specs.table(found.spec)
+    entries, uncounted = specs.table(found.spec), found.uncounted
     plain = {
         name.replace(".", "/") if name in found.nowhere else name: held
         for name, held in entries.stored().items()
-        if name not in found.uncounted
+        if name not in uncounted
     }
-    counts = tuple(entry for entry in entries.entries if entry.name in found.uncounted)
+    counts = tuple(entry for entry in entries.entries if entry.name in uncounted)
     return Spelling({tuple(there.split("/")): plain[name] for name, there in full_names(plain).items()}, counts)
 
 

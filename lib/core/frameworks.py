@@ -50,12 +50,15 @@ class Spelling:
     Attributes:
         spec: the same tree; names and layouts are the framework's.
         nowhere: names in it for which the checkpoint has no place: {name: our path}. They are optional there.
-        uncounted: those of them that are buffers, such as counts, which are left out when written.
     """
 
     spec: Spec
     nowhere: Mapping[str, str]
-    uncounted: frozenset[str]
+
+    @property
+    def uncounted(self) -> frozenset[str]:
+        """Those of them that are buffers, such as counts, which are left out when written."""
+        return frozenset(entry.name for entry in table(self.spec).entries if entry.param.computed)
 
 
 def port(family: Family, framework: str) -> Port:
@@ -100,9 +103,8 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
         FrameworkError: the family does not exist there.
     """
     if framework == "pytorch":
-        return Spelling(spec, {}, frozenset())
+        return Spelling(spec, {})
     nowhere: dict[str, str] = {}
-    uncounted: set[str] = set()
     every = [entry.name for entry in table(spec).entries]
 
     def model(spec: Spec, there: Port, base: str, place: Names, plain: Names, path: Path) -> Spec:
@@ -145,10 +147,7 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
             if place is None or own == "" or p.stored_as is not None:
                 name = ".".join((*plain, p.name))
                 nowhere[name] = dotted(path)
-                lacked = p.stored_as is not None or p.buffer
-                if lacked:
-                    uncounted.add(name)
-                return replace(p, name=name, also=(), optional=True, computed=lacked)
+                return replace(p, name=name, also=(), optional=True, computed=p.stored_as is not None or p.buffer)
             name, layout = _kind(key, p, around, framework)
             name = name if own is None else own
             # Which tables of TensorFlow's are called which has changed over the years.
@@ -179,7 +178,7 @@ def respell(spec: Spec, family: Family, framework: str) -> Spelling:
 
         return visit(spec, (*place, base) if bare else place, plain, path)
 
-    return Spelling(model(spec, port(family, framework), family.base, (), (), ()), nowhere, frozenset(uncounted))
+    return Spelling(model(spec, port(family, framework), family.base, (), (), ()), nowhere)
 
 
 def _below(place: Names, name: str) -> Names:
@@ -245,12 +244,13 @@ def to_write(
     """
     check_writable(family, architecture, config, framework)
     found = respell(spec, family, framework)
-    if lost := [key for name, key in found.nowhere.items() if name not in found.uncounted]:
+    uncounted = found.uncounted
+    if lost := [key for name, key in found.nowhere.items() if name not in uncounted]:
         raise FrameworkError(
             f"{architecture.name} of this configuration does not exist in {TITLES[framework]}, whose class has no place"
             f" for {', '.join(lost[:5])}{' and others' if len(lost) > 5 else ''}"
         )
-    return found.spec, found.uncounted
+    return found.spec, uncounted
 
 
 def known_names(family: Family, config: Config, framework: str) -> set[str]:
