@@ -233,6 +233,37 @@ def test_the_older_classes_have_the_same_arguments(cls: Any, opened: Opener, tmp
             np.testing.assert_array_equal(row[: len(own)], own)
 
 
+def test_the_older_classes_draw_where_they_are_told_to(opened: Opener, tmp_path: Path) -> None:
+    """A temperature alone draws nothing there."""
+    model, (sound, _) = opened(), recordings("times")
+    model.save_pretrained(tmp_path)
+    older, given = flax.FlaxWhisperForConditionalGeneration.from_pretrained(tmp_path), {"language": "en"}
+    plain = np.asarray(older.generate(sound, **given).sequences)
+    np.testing.assert_array_equal(np.asarray(older.generate(sound, temperature=3.0, **given).sequences), plain)
+    drawn = older.generate(sound, temperature=3.0, do_sample=True, num_return_sequences=2, **given).sequences
+    assert len(drawn) == 2 * len(sound)
+
+
+def test_what_is_returned_of_several_temperatures(opened: Opener) -> None:
+    """Rows are of different calls then: they come as segments."""
+    model, (sound, _) = opened(), recordings("a language")
+    given: dict[str, Any] = {"language": "en", "return_dict_in_generate": True, "output_scores": True}
+    out = model.generate(sound, temperature=(0.0, 1.0), compression_ratio_threshold=100.0, **given)
+    assert isinstance(out, whisper.Transcription)
+    result = out.segments[0][0]["result"]
+    assert len(result["scores"]) == len(result["sequences"]) - 4
+    assert not isinstance(model.generate(sound, **given), whisper.Transcription)
+
+
+def test_a_recording_of_no_frames_says_nothing(opened: Opener) -> None:
+    model, (sound, mask) = opened(), recordings("two long")
+    alone = np.asarray(model.generate(sound[:1], language="en", attention_mask=mask[:1]))
+    mask = np.stack([mask[0], np.zeros_like(mask[1])])
+    out = np.asarray(model.generate(sound, language="en", attention_mask=mask))
+    np.testing.assert_array_equal(out[0, : alone.shape[1]], alone[0])
+    assert (out[1] == model.generation_config.pad_token_id).all()
+
+
 @pytest.mark.parametrize(
     ("name", "given", "error", "message"),
     [

@@ -128,10 +128,8 @@ class GenerationMixin:
     ) -> tuple[Task, Any, bool]:
         """What is generated, what is known of it (of `formax.generation.outputs`), and whether it was asked for."""
         if (way := own_way(model)) is not None:  # both frameworks write one window, and return what is before it
-            given, inputs = (
-                way.prompted(model, inputs, config, {**given, "logits_processor": as_rules(logits_processor)}),
-                None,
-            )
+            own = {**given, "logits_processor": as_rules(logits_processor)}
+            given, inputs = way.prompted(model, inputs, config, own, draws=False), None
             logits_processor = given.pop("logits_processor")
         overrides, _ = split_arguments(model, given)
         asked, _ = settings_of(model, config, overrides, options.get("use_model_defaults"))

@@ -15,6 +15,7 @@ What a reimplementer must know, and may not expect
 - Of a batch, a row that is not to be conditioned on what was said before gets the marker of that all the same, and one
   that is left of others in a prompt of unequal lengths has its padding counted as positions. Whether anything is
   conditioned at all hangs on the first recording. formax has none of the three: rows are as they are alone.
+- A single recording is heard to the end of its array, whatever its mask says. Here the mask counts.
 - `token_timestamps` of more than one window do not count from the beginning of the recording, but of the window;
   those in the segments do.
 - A transcript of two equal times and nothing else would be written for ever.

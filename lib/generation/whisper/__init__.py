@@ -64,8 +64,7 @@ def generate(
 
     Raises:
         ConfigError: settings that lack what is asked for, or exclude each other.
-        TypeError: in a trace, what needs a look at what was written.
-        ValueError: inputs that do not fit.
+        ValueError: inputs that do not fit; in a trace, what needs a look at what was written.
     """
     if arguments.get("decoder_input_ids") is not None:
         return plain(model, inputs, generation_config, **arguments)
@@ -78,16 +77,28 @@ def generate(
 
 
 def prompted(
-    model: Model, inputs: Any, generation_config: GenerationConfig | None, arguments: Mapping[str, Any]
+    model: Model,
+    inputs: Any,
+    generation_config: GenerationConfig | None,
+    arguments: Mapping[str, Any],
+    *,
+    draws: bool = True,
 ) -> dict[str, Any]:
     """The arguments of `generate` of all models, for one window: with the tokens before a transcript, and its rules.
+
+    Args:
+        model: a Whisper with its head.
+        inputs: `input_features`, if not among the arguments.
+        generation_config: settings.
+        arguments: those of Whisper's `generate`.
+        draws: whether a temperature alone means to draw, as it does there and nowhere else.
 
     Raises:
         ValueError: as `generate`; and for more than a window, or what needs a look at what was written.
     """
     if arguments.get("decoder_input_ids") is not None:
         return {**arguments, **({} if inputs is None else {"input_features": inputs})}
-    return Call.of(model, inputs, generation_config, arguments).one_window()
+    return Call.of(model, inputs, generation_config, arguments).one_window(draws=draws)
 
 
 def detect_language(model: Model, input_features: Any, generation_config: GenerationConfig | None = None) -> np.ndarray:

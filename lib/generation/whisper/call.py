@@ -124,10 +124,10 @@ class Call:
                     "several recordings of more than a window need an attention_mask, which says how long each is: the "
                     "feature extractor returns it with return_attention_mask=True"
                 )
-        heard = mask if mask is None or not known(mask) else np.asarray(mask).sum(-1)
+        heard = np.asarray(mask).sum(-1) if mask is not None and known(mask) else None
+        counts = heard if heard is not None and frames > width else np.full(rows, frames)
         if wishes.num_frames is not None:
             heard = np.broadcast_to(np.asarray(wishes.num_frames), rows)
-        counts = heard if heard is not None and frames > width and rows > 1 else np.full(rows, frames)
         stamped = bool(frames > width or wishes.return_timestamps)
         call = cls(model, generation_config, config, features, counts, wishes, given, stamped, heard)
         call.check()
@@ -306,8 +306,12 @@ class Call:
 
     # ---------------------------------------------------------------------------------------- one window
 
-    def one_window(self) -> dict[str, Any]:
-        """The arguments of `generate` of all models, where one window is all there is."""
+    def one_window(self, *, draws: bool = True) -> dict[str, Any]:
+        """The arguments of `generate` of all models, where one window is all there is.
+
+        Args:
+            draws: whether a temperature alone means to draw.
+        """
         own = self.wishes
         looks = [name for name in ("return_token_timestamps", "return_segments", "logprob_threshold",
                                    "compression_ratio_threshold") if getattr(own, name)]  # fmt: skip
@@ -329,19 +333,22 @@ class Call:
         ids = self.starts(hear)
         if self.prompt is not None:
             ids = jnp.concatenate([jnp.broadcast_to(self.prompt, (self.rows, len(self.prompt))), ids], axis=1)
-        heard = {} if features is None else {"input_features": features}
-        return self.arguments(ids, None, own.temperatures[0], heard)
+        given = {} if features is None else {"input_features": features}
+        (temperature,) = own.temperatures
+        if not draws and temperature is not None:
+            given, temperature = {**given, "temperature": temperature}, None
+        return self.arguments(ids, None, temperature, given)
 
     def arguments(
-        self, ids: Any, mask: np.ndarray | None, temperature: float | None, heard: Mapping[str, Any]
+        self, ids: Any, mask: np.ndarray | None, temperature: float | None, more: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """The arguments of `generate` of all models for prompts [R, P] at a temperature."""
+        """The arguments of `generate` of all models for prompts [R, P] at a temperature, and more of them."""
         rules = list(self.given.get("logits_processor", ()))
         if self.stamped:
             end: Any = (*self.config.eos_token_ids, self.config.bos_token_id)[0]
             make = partial(processors.whisper_timestamps, self.first_stamp - 1, end, ids.shape[1])
             rules.insert(0, make(max_initial_timestamp_index=getattr(self.config, "max_initial_timestamp_index", None)))
-        made = {**self.given, "logits_processor": rules, "decoder_input_ids": ids, "num_return_sequences": 1}
+        made = {**self.given, "logits_processor": rules, "decoder_input_ids": ids}
         if temperature is not None:
             draws = {"do_sample": True, "temperature": temperature, "num_beams": 1}
             made |= draws if temperature else {"do_sample": False}
@@ -351,7 +358,7 @@ class Call:
             made["begin_suppress_tokens"] = None  # its guesses begin anywhere
         if mask is not None and not mask.all():
             made["decoder_attention_mask"] = mask
-        return {**made, **heard}
+        return {**made, **more}
 
     def windows(self, sources: Any, seek: Any) -> jax.Array:
         """Features of a window of some recordings, each from its frame on: [R, mels, width], zeros after the end."""

@@ -79,22 +79,23 @@ def run(call: Call, plain: Callable[..., Any]) -> Any:
         if own.monitor_progress is not None:
             own.monitor_progress(np.stack([seek, frames], axis=1))
         rows = np.flatnonzero(seek < frames)
-        memory = call.hear(sources[rows], seek[rows]) if seek.any() else first[sources]
+        memory = call.hear(sources[rows], seek[rows]) if seek.any() else first[sources[rows]]
         told = [call.told(parts[row]) if goes_on[row] else None for row in rows]
         prompt = call.before(starts, rows, told)
         key, used = (None, None) if key is None else jax.random.split(key)
         features = call.windows(sources[rows], seek[rows]) if call.hears_again else None
         found, windows = taken(call, plain, memory, features, *prompt, starts.shape[1], used)
-        left = np.minimum(frames[rows] - seek[rows], call.width)
-        for row, window, states, rest in zip(rows, windows, memory, left.tolist(), strict=True):
-            step = rest
+        for n, (row, window) in enumerate(zip(rows, windows, strict=True)):
+            at, times = int(seek[row]), None
+            step = min(int(frames[row]) - at, call.width)
             if not window.silent:
-                times = token_times(call, states, window, sources[row], int(seek[row]))
-                new, step = segments(call, window, times, float(seek[row]) * SECONDS / STRIDE, rest)
+                if own.return_token_timestamps:
+                    times = token_times(call, memory[n], window, sources[row], at)
+                new, step = segments(call, window, times, at * SECONDS / STRIDE, step)
                 parts[row] += new
             goes_on[row] = bool(own.condition_on_prev_tokens) and window.calm
             seek[row] += step
-    plainly = not (call.stamped or own.return_token_timestamps or own.return_segments)
+    plainly = not (call.stamped or own.return_token_timestamps or own.return_segments or len(own.temperatures) > 1)
     return found if call.config.return_dict_in_generate and plainly else answer(call, parts)
 
 
@@ -158,8 +159,8 @@ def write(
     heard = {"encoder_outputs": BaseModelOutput(last_hidden_state=call.filled(memory))}
     if features is not None:
         heard = {"input_features": call.filled(features)}
-    given = call.arguments(full_ids, full_mask, temperature, heard)
-    found = plain(call.model, None, call.generation_config, **{**given, "key": key})
+    more = {**heard, "key": key, "num_return_sequences": 1}
+    found = plain(call.model, None, call.generation_config, **call.arguments(full_ids, full_mask, temperature, more))
     texts = np.asarray(getattr(found, "sequences", found))
     likely = None
     if call.wishes.logprob_threshold is not None:
@@ -241,10 +242,8 @@ def segments(
     return found, step
 
 
-def token_times(call: Call, memory: jax.Array, window: Window, source: int, seek: int) -> np.ndarray | None:
+def token_times(call: Call, memory: jax.Array, window: Window, source: int, seek: int) -> np.ndarray:
     """When each token [P + N] was said, in seconds; 0 before the transcript; of the last as of the one before it."""
-    if not call.wishes.return_token_timestamps:
-        return None
     tokens, new = window.tokens, len(window.tokens) - window.begin
     out = np.zeros(len(tokens), np.float32)
     if new < 2:
@@ -265,7 +264,7 @@ def answer(call: Call, segments: list[list[dict[str, Any]]]) -> Any:
     pad = call.config.pad_token_id
     pad = (*call.config.eos_token_ids, 0)[0] if pad is None else pad
     sequences = jnp.asarray(_filled([[one["tokens"] for one in each] for each in segments], pad, np.int32))
-    whole = own.return_segments or (call.config.return_dict_in_generate and call.stamped)
+    whole = own.return_segments or call.config.return_dict_in_generate
     if not whole and not own.return_token_timestamps:
         return sequences
     times = None
