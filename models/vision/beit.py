@@ -7,11 +7,10 @@ of other sizes the table is stretched. DiT (Li et al. 2022, arXiv:2203.02378) is
 documents. Segmentation turns four layers' states into a pyramid of maps for UPerNet.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from formax.core import tap
@@ -19,15 +18,15 @@ from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput, SemanticSegmentationOutput
 from formax.core.rng import split
-from formax.core.spec import At, Ignored, Param, Spec, constant, normal, stack_of, zeros
-from formax.layers import heads, image_heads, mlp, norm, upernet
-from formax.layers.attention import Indexed, Mask, attention_spec, self_attention
+from formax.core.spec import At, Param, Spec, constant, normal, stack_of, zeros
+from formax.layers import heads, image_heads, mlp, norm, patch_distance, upernet
+from formax.layers.attention import Mask, attention_spec, self_attention
 from formax.layers.backbone import PatchBackboneConfig, all_states, as_map
 from formax.layers.conv import channels_first, channels_last
 from formax.layers.dropout import drop_path, dropout
 from formax.layers.linear import linear
 from formax.layers.patches import embed_image, image_spec
-from formax.layers.resize import bilinear, grid_of
+from formax.layers.resize import grid_of
 
 
 @config
@@ -68,42 +67,6 @@ class BeitConfig(PatchBackboneConfig):
         return grid_of(self.image_size, self.patch_size)
 
 
-# --- distances of patches
-
-
-def distance_spec(name: str, c: BeitConfig) -> Spec:
-    """A number for every distance of two patches and every head, and for class token to patch, back, and to itself."""
-    rows, columns = c.grid
-    shape = ((2 * rows - 1) * (2 * columns - 1) + 3, c.num_attention_heads)
-    table = Param(shape, (None, "heads"), "relative_position_bias_table", zeros)
-    return At(name, {"embedding": table, "index": Ignored("relative_position_index")})
-
-
-@lru_cache(maxsize=16)
-def distances(rows: int, columns: int) -> np.ndarray:
-    """The row of the table for every pair of the class token and the patches of a grid: [1 + N, 1 + N]."""
-    y, x = np.divmod(np.arange(rows * columns), columns)
-    down, right = (at[:, None] - at + size - 1 for at, size in ((y, rows), (x, columns)))
-    known = (2 * rows - 1) * (2 * columns - 1)
-    index = np.full((1 + len(y), 1 + len(y)), known)
-    index[1:, 1:] = down * (2 * columns - 1) + right
-    index[:, 0] = known + 1
-    index[0, 0] = known + 2
-    return index
-
-
-def stretched(table: jax.Array, own: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """The table of distances in a grid of another size: [(2 H - 1) (2 W - 1) + 3, heads] -> [rows, heads].
-
-    The reference takes the height for the width here, which only tables of grids that are not square show.
-    """
-    height, width, rows, columns = (2 * size - 1 for size in (*own, *new))
-    if (width, height) == (rows, columns):
-        return table
-    near = bilinear(table[:-3].reshape(width, height, -1), rows, columns)
-    return jnp.concatenate([near.reshape(rows * columns, -1), table[-3:]])
-
-
 # --- layers
 
 
@@ -113,7 +76,7 @@ def block_spec(c: BeitConfig, layer: int) -> dict[str, Spec]:
     names = ("attention.query", "attention.key", "attention.value", "output.dense")
     attn = attention_spec(size, c.heads_of(layer), c.head_dim, names=names, init=init, bias="qvo")
     if c.use_relative_position_bias:
-        attn["distance"] = distance_spec("attention.relative_position_bias", c)
+        attn["distance"] = patch_distance.spec("attention.relative_position_bias", c.grid, c.num_attention_heads)
     spec: dict[str, Spec] = {
         "attn_norm": norm.layer_spec("layernorm_before", size),
         "attn": At("attention", attn),
@@ -134,9 +97,9 @@ def block(p: Any, c: BeitConfig, x: jax.Array, shared: Any, grid: tuple[int, int
     keys = split(key, 5)
     table = shared
     if "distance" in p["attn"]:
-        own = stretched(p["attn"]["distance"]["embedding"], c.grid, grid)
+        own = patch_distance.stretched(p["attn"]["distance"], c.grid, grid)
         table = own if shared is None else own + shared
-    bias = None if table is None else Indexed(table, jnp.asarray(distances(*grid)))
+    bias = None if table is None else patch_distance.bias(table, grid)
 
     def add(x: jax.Array, h: jax.Array, name: str, key: Any, other: Any) -> jax.Array:
         h = dropout(h, c.hidden_dropout_prob, key)
@@ -157,7 +120,7 @@ def layers_spec(c: BeitConfig) -> dict[str, Spec]:
         "layers": stack_of("encoder.layer", [block_spec(c, i) for i in range(c.num_hidden_layers)]),
     }
     if c.use_shared_relative_position_bias:
-        spec["distance"] = distance_spec("encoder.relative_position_bias", c)
+        spec["distance"] = patch_distance.spec("encoder.relative_position_bias", c.grid, c.num_attention_heads)
     return spec
 
 
@@ -180,7 +143,7 @@ def states(p: Any, c: BeitConfig, pixel_values: Any, hidden: Any, key: Any) -> l
         x = embed_image(p["embed"], c, pixel_values, stretch=True, hidden=hidden)
         x = tap.tap("out", dropout(x, c.hidden_dropout_prob, k_embed))
     grid = grid_of(pixel_values.shape[2:], c.patch_size)
-    shared = stretched(p["distance"]["embedding"], c.grid, grid) if "distance" in p else None
+    shared = patch_distance.stretched(p["distance"], c.grid, grid) if "distance" in p else None
     rates = tuple(np.linspace(0, c.drop_path_rate, c.num_hidden_layers).tolist())
 
     def run(p: Any, x: jax.Array, key: Any, rate: Any) -> jax.Array:
