@@ -1,5 +1,6 @@
 """The table of distances among patches, pair by pair."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from formax.layers import patch_distance
@@ -23,7 +24,7 @@ def test_every_pair_has_the_row_of_its_distance() -> None:
 def test_a_table_is_stretched_along_both_axes() -> None:
     """A slope stays one, and the rows about the class token stay as they are."""
     down, right = np.meshgrid(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5), indexing="ij")
-    table = np.concatenate([np.stack([down, right], -1).reshape(-1, 2), [[7, 8], [9, 10], [11, 12]]]).astype(np.float32)
+    table = jnp.asarray(np.concatenate([np.stack([down, right], -1).reshape(-1, 2), [[7, 8], [9, 10], [11, 12]]]))
     out = np.asarray(patch_distance.stretched({"embedding": table}, (3, 3), (4, 6)))
     assert out.shape == (7 * 11 + 3, 2)
     np.testing.assert_array_equal(out[-3:], table[-3:])
