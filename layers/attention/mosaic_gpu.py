@@ -100,8 +100,7 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, *more: Any) -> None:
         refs = dict(zip(names, more, strict=False))
         out, logs, own, own_logs, own_ids, arrived, turn = more[len(names) :]
-        row, head, group = jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("group")
-        block = jax.lax.axis_index("block")
+        row, head, block, group = map(jax.lax.axis_index, ("row", "head", "block", "group"))
         first, count = steps(plan, refs, row, block)
         mine = block * GROUPS + group
 
@@ -164,13 +163,7 @@ def forward(plan: Plan, interpret: bool, given: dict[str, jax.Array]) -> Any:
             mg.barrier_arrive(values_used)
             return sums, new, total
 
-        of_keys = jax.lax.div(head, jnp.int32(shared))
-        fetched: dict[str, Any] = {
-            "k": (k_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
-            "v": (v_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
-        }
-        if plan.ids:
-            fetched["ids"] = refs["k_ids"].at[row], (plan.keys,), lambda j: (first + j,)
+        fetched = keys_and_values(plan, refs, k_ref, v_ref, row, jax.lax.div(head, jnp.int32(shared)), first)
         stream(tile, compute, (count,), fetched)
 
     made = mg.kernel(
@@ -219,8 +212,7 @@ def slopes_of_queries(plan: Plan, given: dict[str, jax.Array]) -> jax.Array:
     def kernel(q_ref: Any, k_ref: Any, v_ref: Any, slope_ref: Any, logs_ref: Any, own_ref: Any, *more: Any) -> None:
         refs = dict(zip(names, more, strict=False))
         out, queries, slopes, logs, own, q_ids, arrived = more[len(names) :]
-        row, head, group = jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("group")
-        block = jax.lax.axis_index("block")
+        row, head, block, group = map(jax.lax.axis_index, ("row", "head", "block", "group"))
         first, count = steps(plan, refs, row, block)
         mine = block * GROUPS + group
         queries, slopes, logs, own, q_ids, arrived = (x.at[group] for x in (queries, slopes, logs, own, q_ids, arrived))
@@ -260,14 +252,8 @@ def slopes_of_queries(plan: Plan, given: dict[str, jax.Array]) -> jax.Array:
             mg.barrier_arrive(keys_used)
             return total
 
-        of_keys = jax.lax.div(head, jnp.int32(shared))
-        fetched: dict[str, Any] = {
-            "k": (k_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
-            "v": (v_ref.at[row, :, of_keys, :], (plan.keys, d), lambda j: (first + j, 0)),
-        }
-        if plan.ids:
-            fetched["ids"] = refs["k_ids"].at[row], (plan.keys,), lambda j: (first + j,)
-        stream(tile, compute, (count,), fetched, 1 if d >= ONE_STAGE else STAGES)
+        fetched = keys_and_values(plan, refs, k_ref, v_ref, row, jax.lax.div(head, jnp.int32(shared)), first)
+        stream(tile, compute, (count,), fetched, held(d))
 
     made = mg.kernel(
         kernel,
@@ -300,8 +286,7 @@ def slopes_of_keys(plan: Plan, given: dict[str, jax.Array], wanted: tuple[str, .
         arrays = dict(zip((*stay, *streamed, *names), all_refs, strict=False))
         more = list(all_refs[len(arrays) :])
         outs, kept, (k_ids, arrived) = more[: len(wanted)], more[len(wanted) : -2], more[-2:]
-        row, head, group = jax.lax.axis_index("row"), jax.lax.axis_index("head"), jax.lax.axis_index("group")
-        block = jax.lax.axis_index("block")
+        row, head, block, group = map(jax.lax.axis_index, ("row", "head", "block", "group"))
         first, count = steps(plan, arrays, row, block, of_keys=True)
         mine = block * GROUPS + group
         own = dict(zip(stay, (x.at[group] for x in kept), strict=True))
@@ -370,7 +355,7 @@ def slopes_of_keys(plan: Plan, given: dict[str, jax.Array], wanted: tuple[str, .
             fetched[name] = arrays[name].at[row], *spec
         if plan.ids:
             fetched["ids"] = arrays["q_ids"].at[row], (plan.rows,), lambda g, i: (first + i,)
-        stream(tile, compute, (shared, count), fetched, 1 if d >= ONE_STAGE else STAGES)
+        stream(tile, compute, (shared, count), fetched, held(d))
 
     made = mg.kernel(
         kernel,
@@ -420,6 +405,22 @@ def stream(tile: Any, compute: Any, grid: tuple[Any, ...], fetched: dict[str, An
         in_specs=[mg.BlockSpec(block_shape=shape, index_map=at) for _, shape, at in fetched.values()],
     )
     run(*(array for array, _, _ in fetched.values()))
+
+
+def keys_and_values(
+    plan: Plan, refs: dict[str, Any], k: Any, v: Any, row: Any, head: Any, first: Any
+) -> dict[str, Any]:
+    """What `stream` fetches where queries stay: blocks of keys, values and segments of a row, from the first needed."""
+    shape = plan.keys, k.shape[-1]
+    parts: dict[str, Any] = {
+        x: (ref.at[row, :, head, :], shape, lambda j: (first + j, 0)) for x, ref in (("k", k), ("v", v))
+    }
+    return parts | ({"ids": (refs["k_ids"].at[row], shape[:1], lambda j: (first + j,))} if plan.ids else {})
+
+
+def held(channels: int) -> int:
+    """Tiles of the backward pass that shared memory has room for at once."""
+    return 1 if channels >= ONE_STAGE else STAGES
 
 
 def parted(more: tuple[Any, ...], n: int) -> tuple[tuple[Any, ...], tuple[Any, ...], Any]:

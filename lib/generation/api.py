@@ -27,9 +27,10 @@ OWN = {"whisper": "formax.generation.whisper"}
 
 
 def own_way(model: Model) -> Any:
-    """The module in which a model's family has a `generate` of its own; None if it has none."""
+    """The module in which the family of a model that writes has a `generate` of its own; None if there is none."""
     name = OWN.get(model.family.model_type)
-    return importlib.import_module(name) if name and "decoder_input_ids" in model.input_names else None
+    whole = model.architecture.writes and "decoder_input_ids" in model.input_names
+    return importlib.import_module(name) if name and whole else None
 
 
 def _by_family(plain: F) -> F:
@@ -38,7 +39,7 @@ def _by_family(plain: F) -> F:
     @wraps(plain)
     def generate(model: Model, inputs: Any = None, generation_config: Any = None, **arguments: Any) -> Any:
         own = own_way(model)
-        if own is None or not model.architecture.writes:
+        if own is None:
             return plain(model, inputs, generation_config, **arguments)
         return own.generate(plain, model, inputs, generation_config, **arguments)
 

@@ -324,16 +324,13 @@ def _memory(model: Model, given: dict[str, Any]) -> Array:
         ValueError: some of the inputs are padding, which the decoder would have to be told.
     """
     own = {name: x for name, x in given["given"].items() if x is not None}
-    if own.get("encoder_outputs") is not None:
-        states = states_of(own["encoder_outputs"])
-    else:
-        encoder = model.as_method("encode")
-        own |= {} if given["inputs"] is None else {model.input_names[0]: given["inputs"]}
-        made = encoder(**{name: x for name, x in own.items() if name in encoder.input_names})
-        states = made.last_hidden_state
     if own.get("attention_mask") is not None and not np.all(own["attention_mask"]):
         raise ValueError("an assistant that is a decoder alone looks at all states: give inputs without padding")
-    return states
+    if own.get("encoder_outputs") is not None:
+        return states_of(own["encoder_outputs"])
+    encoder = model.as_method("encode")
+    own |= {} if given["inputs"] is None else {model.input_names[0]: given["inputs"]}
+    return encoder(**{name: x for name, x in own.items() if name in encoder.input_names}).last_hidden_state
 
 
 def check_assistant(model: Model, assistant: Model) -> None:

@@ -326,9 +326,7 @@ class Call:
             features = jnp.pad(features, ((0, 0), (0, 0), (0, self.width - features.shape[2])))
 
         def hear() -> jax.Array:
-            if features is None:
-                return jnp.asarray(states_of(self.given["encoder_outputs"]))
-            return encoded(self.model, features)
+            return self.hear(range(self.rows), ()) if features is None else encoded(self.model, features)
 
         ids = self.starts(hear)
         if self.prompt is not None:

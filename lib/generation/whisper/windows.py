@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,22 @@ class Window:
     silent: bool = False
 
 
+class Asked(NamedTuple):
+    """What is heard in a window of some recordings, and what is before their transcripts.
+
+    Attributes:
+        memory: the encoder's states [R, S, E].
+        features: the windows, where the encoder's states are not enough; else None.
+        ids: the decoder's prompts [R, P].
+        mask: which of their tokens are no padding.
+    """
+
+    memory: jax.Array
+    features: jax.Array | None
+    ids: np.ndarray
+    mask: np.ndarray
+
+
 def run(call: Call, plain: Callable[..., Any]) -> Any:
     """Window after window of all recordings.
 
@@ -81,10 +97,10 @@ def run(call: Call, plain: Callable[..., Any]) -> Any:
         rows = np.flatnonzero(seek < frames)
         memory = call.hear(sources[rows], seek[rows]) if seek.any() else first[sources[rows]]
         told = [call.told(parts[row]) if goes_on[row] else None for row in rows]
-        prompt = call.before(starts, rows, told)
-        key, used = (None, None) if key is None else jax.random.split(key)
         features = call.windows(sources[rows], seek[rows]) if call.hears_again else None
-        found, windows = taken(call, plain, memory, features, *prompt, starts.shape[1], used)
+        asked = Asked(memory, features, *call.before(starts, rows, told))
+        key, used = (None, None) if key is None else jax.random.split(key)
+        found, windows = taken(call, plain, asked, starts.shape[1], used)
         for n, (row, window) in enumerate(zip(rows, windows, strict=True)):
             at, times = int(seek[row]), None
             step = min(int(frames[row]) - at, call.width)
@@ -99,75 +115,55 @@ def run(call: Call, plain: Callable[..., Any]) -> Any:
     return found if call.config.return_dict_in_generate and plainly else answer(call, parts)
 
 
-def taken(
-    call: Call,
-    plain: Callable[..., Any],
-    memory: jax.Array,
-    features: jax.Array | None,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    begin: int,
-    key: Any,
-) -> tuple[Any, list[Window]]:
+def taken(call: Call, plain: Callable[..., Any], asked: Asked, begin: int, key: Any) -> tuple[Any, list[Window]]:
     """What is written of a window of some recordings, at the first temperature at which nothing looks wrong.
 
     Args:
         call: what is asked for.
         plain: `generate` of all models.
-        memory: the encoder's states [R, S, E].
-        features: the windows, where the encoder's states are not enough.
-        ids: what is before the transcripts [R, P].
-        mask: which of that is no padding.
-        begin: how much of it is from the token of the start on.
+        asked: what is heard, and what is before the transcripts.
+        begin: how much of that is from the token of the start on.
         key: random key.
 
     Returns:
         What `plain` returned last, and the windows.
     """
-    own, most = call.wishes, math.inf
-    silence: Any = np.zeros(len(ids))
+    own, most, rows = call.wishes, math.inf, len(asked.ids)
+    silence: Any = np.zeros(rows)
     if own.no_speech_threshold is not None:  # the token of silence is before that of no times
-        x = [call.filled(one) for one in (memory, ids, mask)]
-        silence = jax.nn.softmax(next_scores(call.model, *x, ids.shape[1] - begin))[:, call.first_stamp - 2]
-        silence, most = np.asarray(silence), own.no_speech_threshold
-    todo, windows, found = np.arange(len(ids)), dict[int, Window](), None
+        memory, _, ids, mask = jax.tree.map(call.filled, asked)
+        silence = jax.nn.softmax(next_scores(call.model, memory, ids, mask, ids.shape[1] - begin))
+        silence, most = np.asarray(silence[:, call.first_stamp - 2]), own.no_speech_threshold
+    todo, windows, found = np.arange(rows), dict[int, Window](), None
     for temperature in own.temperatures:
         key, used = (None, None) if key is None else jax.random.split(key)
-        heard = None if features is None else features[todo]
-        found, made = write(call, plain, memory[todo], heard, ids[todo], mask[todo], temperature, used)
+        found, made = write(call, plain, jax.tree.map(lambda x, todo=todo: x[todo], asked), temperature, used)
         for n, window in zip(todo.tolist(), made, strict=True):
             silent = is_unlikely(call, window) and silence[n] > most
             windows[n] = replace(window, silent=silent)
         todo = np.asarray([n for n in todo.tolist() if not windows[n].silent and is_wrong(call, windows[n])], int)
         if not len(todo):
             break
-    return found, [windows[n] for n in range(len(ids))]
+    return found, [windows[n] for n in range(rows)]
 
 
 def write(
-    call: Call,
-    plain: Callable[..., Any],
-    memory: jax.Array,
-    features: jax.Array | None,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    temperature: float | None,
-    key: Any,
+    call: Call, plain: Callable[..., Any], asked: Asked, temperature: float | None, key: Any
 ) -> tuple[Any, list[Window]]:
     """Transcripts at one temperature; the arguments and what is returned as of `taken`."""
-    full_ids, full_mask = call.filled(ids), call.filled(mask)
-    heard = {"encoder_outputs": BaseModelOutput(last_hidden_state=call.filled(memory))}
+    memory, features, ids, full = jax.tree.map(call.filled, asked)
+    heard = {"encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
     if features is not None:
-        heard = {"input_features": call.filled(features)}
+        heard = {"input_features": features}
     more = {**heard, "key": key, "num_return_sequences": 1}
-    found = plain(call.model, None, call.generation_config, **call.arguments(full_ids, full_mask, temperature, more))
+    found = plain(call.model, None, call.generation_config, **call.arguments(ids, full, temperature, more))
     texts = np.asarray(getattr(found, "sequences", found))
     likely = None
     if call.wishes.logprob_threshold is not None:
         parents = getattr(found, "beam_indices", None)
         likely = np.asarray(_log_probabilities(found.sequences, found.scores, parents, temperature or 1.0))
     windows = []
-    for n, (text, here) in enumerate(zip(texts[: len(ids)], mask, strict=True)):
+    for n, (text, here) in enumerate(zip(texts[: len(asked.ids)], asked.mask, strict=True)):
         begin = int(here.sum())
         tokens = text[ids.shape[1] - begin :]
         ends = np.flatnonzero(np.isin(tokens[begin:], call.config.eos_token_ids))
