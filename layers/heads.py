@@ -154,27 +154,28 @@ def sequence_classification(summary: Apply, rate: Callable[[Any], float] = class
     return apply
 
 
-def deep_head(name: str = "classifier") -> Callable[[Any], dict[str, Spec]]:
-    """The two linear maps of `deep_classification`, stored as `name.dense` and `name.out_proj`."""
+def deep_head(name: str = "classifier", *, first: str = "pooler") -> Callable[[Any], dict[str, Spec]]:
+    """The two linear maps of `deep_classification`, stored as `name.dense` (here under `first`) and `name.out_proj`."""
 
     def spec(c: Any) -> dict[str, Spec]:
         make = partial(linear_spec, d_in=c.hidden_size, axes=("embed", None), init=normal(c.initializer_range))
-        parts = {"pooler": make("dense", d_out=c.hidden_size), "head": make("out_proj", d_out=c.num_labels)}
+        parts = {first: make("dense", d_out=c.hidden_size), "head": make("out_proj", d_out=c.num_labels)}
         return under(name, parts)
 
     return spec
 
 
-def deep_classification(encode: Apply, act: Callable[[Any], str] = lambda c: "tanh") -> Apply:
+def deep_classification(encode: Apply, act: Callable[[Any], str] = lambda c: "tanh", *, first: str = "pooler") -> Apply:
     """A label for every text, from its first token through two linear maps, `act(c)` between them: logits [B, labels].
 
-    The first map is what other heads share as a pooler, and here belongs to the head: RoBERTa's.
+    The first map is what other heads share as a pooler, and here belongs to the head: RoBERTa's. A family that has a
+    pooler beside it calls it otherwise (`first`).
     """
 
     def apply(p: Any, c: Any, input_ids: Any = None, key: Any = None, **inputs: Any) -> LogitsOutput:
         x = encode(p, c, input_ids, key=key, **inputs)[0][:, 0]
-        x = dropout(x, classifier_rate(c), None if key is None else fold_path(key, "pooler"))
-        x = tap.tap("pooler", activation(act(c))(linear(p["pooler"], x)))
+        x = dropout(x, classifier_rate(c), None if key is None else fold_path(key, first))
+        x = tap.tap(first, activation(act(c))(linear(p[first], x)))
         return LogitsOutput(logits=classify(p, c, x, key))
 
     return apply

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from formax.core import tap
 from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
-from formax.core.outputs import LogitsOutput, PreTrainingOutput, QuestionAnsweringOutput
+from formax.core.outputs import PreTrainingOutput, QuestionAnsweringOutput
 from formax.core.rng import fold_path, split
 from formax.core.spec import At, Spec, fold, normal, optional
 from formax.layers import embed, heads, mlp, norm, text_encoder
-from formax.layers.activations import activation
 from formax.layers.attention import causal_mask, from_attention_mask
 from formax.layers.block_sparse import drawn_blocks, sparse_self_attention
 from formax.layers.dropout import dropout
@@ -145,6 +144,7 @@ def encode(
 
 summary, model = text_encoder.summarised(encode), text_encoder.pooled(encode)
 masked_lm, causal_lm = heads.masked_lm(encode), heads.causal_lm(encode, heads.words)
+sequence_classification = heads.deep_classification(encode, lambda c: c.hidden_act, first="dense")
 
 
 def pretraining(p: Any, c: BigBirdConfig, input_ids: Any = None, **inputs: Any) -> PreTrainingOutput:
@@ -152,23 +152,6 @@ def pretraining(p: Any, c: BigBirdConfig, input_ids: Any = None, **inputs: Any) 
     x, _ = encode(p, c, input_ids, **inputs)
     pair = linear(p["pair"], pool(p, x))
     return PreTrainingOutput(prediction_logits=heads.words(p, c, x), seq_relationship_logits=pair)
-
-
-def classifier_spec(c: BigBirdConfig) -> dict[str, Spec]:
-    """Two linear maps, to the labels."""
-    dense = linear_spec("dense", c.hidden_size, c.hidden_size, ("embed", None), init=normal(c.initializer_range))
-    return {"dense": At("classifier", dense), **heads.linear_head("classifier.out_proj")(c)}
-
-
-def sequence_classification(
-    p: Any, c: BigBirdConfig, input_ids: Any = None, key: Any = None, **inputs: Any
-) -> LogitsOutput:
-    """A label for every text, from the first token's state: logits [B, labels]."""
-    x = encode(p, c, input_ids, key=key, **inputs)[0][:, 0]
-    rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
-    x = dropout(x, rate, None if key is None else fold_path(key, "dense"))
-    x = activation(c.hidden_act)(linear(p["dense"], x))
-    return LogitsOutput(logits=heads.classify(p, c, x, key))
 
 
 def trivia_spec(c: BigBirdConfig) -> dict[str, Spec]:
@@ -240,7 +223,7 @@ FAMILY = Family(
         _architecture(
             "BigBirdForSequenceClassification",
             "ForSequenceClassification",
-            _spec(classifier_spec),
+            _spec(heads.deep_head(first="dense")),
             sequence_classification,
         ),
         _architecture("BigBirdForMultipleChoice", "ForMultipleChoice", _spec(_choice), heads.multiple_choice(summary)),
