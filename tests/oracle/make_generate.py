@@ -1085,6 +1085,20 @@ def differing(held: Tensors, out: Tensors) -> list[str]:
     return wrong
 
 
+def settle(path: Path, meta: Mapping[str, Any]) -> int:
+    """Writes a file of cases, or with `--check` among the arguments says whether it is as it would be written."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true", help="compare with the file, write nothing")
+    text, count = dumps(meta), len(meta["cases"])
+    if parser.parse_args().check:
+        same = path.read_text() == text
+        print(f"{count} cases {'agree' if same else 'differ'}")
+        return 0 if same else 1
+    path.write_text(text)
+    print(f"{count} cases, {len(text) / 1000:.0f} kB")
+    return 0
+
+
 def dumps(meta: Mapping[str, Any]) -> str:
     """JSON with one line for each case, each tensor's key and each input."""
 

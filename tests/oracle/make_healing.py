@@ -20,7 +20,6 @@ What a reimplementer must know, and may not expect
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from oracle.make_generate import SEEDS, Model, dumps, opened, written
+from oracle.make_generate import SEEDS, Model, opened, settle, written
 
 TESTS = Path(__file__).resolve().parent.parent
 PATH = TESTS / "data" / "healing.json"
@@ -46,9 +45,6 @@ def model_of(vocabulary: int) -> Model:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with the file, write nothing")
-    check = parser.parse_args().check
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(TOKENIZER / "tokenizer.json"), bos_token="<s>", pad_token="<pad>", padding_side="left"
     )
@@ -67,14 +63,7 @@ def main() -> int:
         cases[text] = {"ids": ids.tolist()[0], "healed": answers[0]}
     if not any(case["ids"] != case["healed"] for case in cases.values()):
         sys.exit(f"nothing is healed: {cases}")
-    text = dumps({"transformers": transformers.__version__, "model": stored, "cases": cases})
-    if check:
-        same = PATH.read_text() == text
-        print(f"{len(cases)} cases {'agree' if same else 'differ'}")
-        return 0 if same else 1
-    PATH.write_text(text)
-    print(f"{len(cases)} cases: {cases}")
-    return 0
+    return settle(PATH, {"transformers": transformers.__version__, "model": stored, "cases": cases})
 
 
 if __name__ == "__main__":
