@@ -22,7 +22,7 @@ from formax.core.config import Config
 from formax.core.family import Architecture, Family
 from formax.training import objective
 
-ROOT = Path(__file__).resolve().parent.parent / "goldens"
+ROOT = Path(os.environ.get("FORMAX_GOLDENS", Path(__file__).resolve().parent.parent / "goldens"))
 # Whether there is a cache is said by passing one, and losses are functions of their own.
 SWITCHES = {"use_cache", "return_loss"}
 

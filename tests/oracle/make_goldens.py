@@ -1,6 +1,6 @@
 """Makes the goldens: what the reference (PyTorch transformers) writes to disk and computes, for small known weights.
 
-    python tests/oracle/make_goldens.py [family ...] [--check | --sensitivity] [--any-version]
+    python tests/oracle/make_goldens.py [family ...] [--check | --sensitivity | --switches FOLDER] [--any-version]
 
 Runs in an environment of its own (see README.md beside this file), on one CPU thread, in float32, with eager attention.
 Every case goes the way a user goes: a directory with config.json and model.safetensors, opened by `from_pretrained`.
@@ -15,7 +15,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +56,7 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the stored goldens, write nothing")
     mode.add_argument("--sensitivity", action="store_true", help="show how far each known bug moves the outputs")
+    mode.add_argument("--switches", type=Path, metavar="FOLDER", help="goldens with one field of a configuration changed")
     parser.add_argument("--any-version", action="store_true", help="do not insist on the versions of requirements.txt")
     args = parser.parse_args()
     known = sorted(path.stem for path in (HERE / "families").glob("[!_]*.py"))
@@ -66,6 +68,8 @@ def main() -> int:
     torch.use_deterministic_algorithms(True)
     transformers.utils.logging.set_verbosity_error()
     act = check if args.check else sensitivity if args.sensitivity else write
+    if args.switches:
+        act = partial(switches, args.switches)
     return max(act(family, importlib.import_module(f"oracle.families.{family}")) for family in args.families or known)
 
 
@@ -318,6 +322,69 @@ def sensitivity(family: str, module: ModuleType) -> int:
     print(f"{min(value for name, value in shown.items() if name not in dark):.1e}")
     print("\n".join(f"HIDDEN {line}" for line in hidden) or f"{family}: every bug and every parameter shows")
     return 1 if hidden else 0
+
+
+def switches(root: Path, family: str, module: ModuleType) -> int:
+    """Makes goldens of every field's other values, one field at a time and one case for each architecture.
+
+    What the reference refuses is printed and left out.
+    """
+    as_saved = [case for case in module.CASES if replace(case, **BARE) == case]
+    cases = {case.architecture: case for case in reversed(as_saved)}
+    count = 0
+    for case in cases.values():
+        fields = getattr(transformers, case.architecture).config_class(**copy.deepcopy(dict(case.config))).to_dict()
+        for label, config in changed(dict(case.config), fields):
+            name = f"{case.name}-{label}"
+            try:
+                golden = make(replace(case, name=name, config=config))
+            except Exception as error:  # whatever the reference raises on a configuration that it cannot have
+                print(f"{family}/{name}: none, {type(error).__name__}: {str(error).splitlines()[0]}")
+            else:
+                store(root / family, name, golden)
+                count += 1
+    print(f"{family}: {count} goldens of {len(cases)} architectures")
+    return 0
+
+
+# Fields of a case that say how its checkpoint is not as the reference saves it, without that.
+BARE: dict[str, Any] = {"writer": "", "literal_config": False, "rename": (), "drop": (), "missing": (), "unexpected": ()}
+# Fields that are no switch of a computation: how a call returns what it computes, labels, names.
+NO_SWITCH = re.compile(r"return_dict|output_|id2label|label2id|torchscript|_attn_implementation|is_encoder_decoder")
+# Settings of `generate`, which old configurations held. Tokens are of the model, too: which is padding, and the last.
+OF_GENERATION = {name for name in transformers.GenerationConfig().to_dict() if not name.endswith("_token_id")}
+ACTIVATIONS = ("relu", "silu", "gelu_new", "quick_gelu")
+WORDS = {
+    "position_embedding_type": ("absolute", "relative_key", "relative_key_query"),
+    "summary_type": ("last", "first", "mean", "cls_index"),
+    "feat_extract_norm": ("group", "layer"),
+    "layer_type": ("basic", "bottleneck"),
+}
+
+
+def changed(config: dict[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields a label and the arguments of the configuration for each other value of each field, also of inner ones."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and isinstance(config.get(name), Mapping):
+            for label, inner in changed(dict(config[name]), value):
+                yield f"{name}.{label}", config | {name: inner}
+        elif not (NO_SWITCH.match(name) or name in OF_GENERATION):
+            for other in other_values(name, value):
+                yield f"{name}={other}", config | {name: other}
+
+
+def other_values(name: str, value: Any) -> list[Any]:
+    """Returns values that a field could have as well."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return sorted({2 * value, value + 1})
+    if isinstance(value, float):
+        return [0.05 if "eps" in name and value != 0.05 else 1.7 * value or 0.3]
+    if isinstance(value, str):
+        words = ACTIVATIONS if value in transformers.activations.ACT2FN else WORDS.get(name, ())
+        return [word for word in words if word != value]
+    return []
 
 
 def baseline(case: Case) -> tuple[dict[str, Any], Tensors, Tensors]:
