@@ -56,7 +56,7 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the stored goldens, write nothing")
     mode.add_argument("--sensitivity", action="store_true", help="show how far each known bug moves the outputs")
-    mode.add_argument("--switches", type=Path, metavar="FOLDER", help="goldens with one field of a configuration changed")
+    mode.add_argument("--switches", type=Path, metavar="FOLDER", help="make goldens of each field's other values")
     parser.add_argument("--any-version", action="store_true", help="do not insist on the versions of requirements.txt")
     args = parser.parse_args()
     known = sorted(path.stem for path in (HERE / "families").glob("[!_]*.py"))
@@ -348,7 +348,9 @@ def switches(root: Path, family: str, module: ModuleType) -> int:
 
 
 # Fields of a case that say how its checkpoint is not as the reference saves it, without that.
-BARE: dict[str, Any] = {"writer": "", "literal_config": False, "rename": (), "drop": (), "missing": (), "unexpected": ()}
+BARE: dict[str, Any] = {"writer": "", "literal_config": False} | dict.fromkeys(
+    ("rename", "drop", "missing", "unexpected"), ()
+)
 # Fields that are no switch of a computation: how a call returns what it computes, labels, names.
 NO_SWITCH = re.compile(r"return_dict|output_|id2label|label2id|torchscript|_attn_implementation|is_encoder_decoder")
 # Settings of `generate`, which old configurations held. Tokens are of the model, too: which is padding, and the last.
