@@ -413,6 +413,9 @@ def test_vectors_in_the_place_of_tokens(gpt2: Any) -> None:
     vectors = gpt2.params["embed"]["word"]["embedding"][IDS]
     out = gpt2.generate(inputs_embeds=vectors, **PLAIN)
     np.testing.assert_array_equal(out, gpt2.generate(IDS, **PLAIN)[:, 6:])
+    np.testing.assert_array_equal(gpt2.generate(IDS, inputs_embeds=vectors, **PLAIN), gpt2.generate(IDS, **PLAIN))
+    with pytest.raises(ValueError, match=r"words of inputs_embeds.* of shape \(2, 6\), got \(2, 5\)"):
+        gpt2.generate(IDS[:, 1:], inputs_embeds=vectors)
 
 
 def test_a_model_on_a_mesh_writes_the_same(llama: Any) -> None:

@@ -194,6 +194,7 @@ def task_of(
         ids, mask, first = _text_prompt(config, own)
     _check_range("the prompt", ids, vocabulary)
     vectors = not seq2seq and "inputs_embeds" in first
+    wordless = vectors and own.get("input_ids") is None
     if config.token_healing:
         if seq2seq or vectors or not known(ids):
             raise ValueError("token_healing is for decoders of texts that are given as input_ids, outside of a trace")
@@ -203,10 +204,10 @@ def task_of(
             return task_of(model, ids, given=one).known().logits
 
         ids = healed(ids, mask, tokenizer, scores_of)
-    shown, length = ids[:, :0] if vectors else ids, ids.shape[1]
+    shown, length = ids[:, :0] if wordless else ids, ids.shape[1]
     if mask is not None and not seq2seq and not vectors:
         ids, mask = _aligned(ids, mask)
-    config = _with_lengths(model, config, said, length, vectors)
+    config = _with_lengths(model, config, said, length, wordless)
 
     cached = config.use_cache is not False and has_cache(model)
     if is_legacy(cache):
@@ -242,7 +243,7 @@ def task_of(
     if seq2seq:
         first = _to_encode(model, config, first, main, fill=not seen)
     encoder_length = _encoder_length(model, first, seq2seq)
-    prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, vectors, back)
+    prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, wordless, back)
     keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked and not traced)
     keeps += tuple(name for name, switch in SEEN.items() if switch in asked)
     encoder_ids = _on(own[main]).asarray(own[main]) if seq2seq and main == "input_ids" else ids
@@ -349,11 +350,15 @@ def _text_prompt(config: GenerationConfig, own: dict[str, Any]) -> tuple[np.ndar
     first = dict(own)
     ids, mask, embeds = first.pop("input_ids", None), first.pop("attention_mask", None), first.get("inputs_embeds")
     if embeds is not None:
-        if ids is not None and np.shape(ids)[1]:
-            raise ValueError("give either input_ids or inputs_embeds, not both")
         if np.ndim(embeds) != 3:
             raise ValueError(f"inputs_embeds must be [batch, length, size], got shape {np.shape(embeds)}")
-        ids = np.zeros(np.shape(embeds)[:2], np.int32)
+        shape = np.shape(embeds)[:2]
+        if ids is None:
+            ids = np.zeros(shape, np.int32)
+        elif np.shape(ids) != shape:
+            raise ValueError(
+                f"input_ids are the words of inputs_embeds, and so must be of shape {shape}, got {np.shape(ids)}"
+            )
     if ids is None:
         if config.bos_token_id is None:
             raise ValueError("there is no prompt, and no bos_token_id to begin with: give input_ids")
@@ -445,7 +450,7 @@ def _prompt(
     first: dict[str, Any],
     cache: Any,
     encoder_length: int,
-    vectors: bool,
+    wordless: bool,
     back: bool,
 ) -> tuple[Prompt, Feed, int]:
     """The prompt, filled up to a size that is compiled for; the feed, and how many columns are read."""
@@ -486,7 +491,7 @@ def _prompt(
             ids=jnp.asarray(_on(ids).pad(ids, ((0, 0), (before, after))), jnp.int32),
             # Numbers of the host, for they are known in a trace as well.
             length=np.int32(length + before),
-            begins=np.int32(length if vectors else before),
+            begins=np.int32(length if wordless else before),
             start=np.int32(start),
             mask=None if mask is None else jnp.asarray(mask),
             memory=memory,
@@ -579,20 +584,23 @@ def positions_of(model: Model) -> int | None:
 
 
 def _with_lengths(
-    model: Model, config: GenerationConfig, said: set[str], length: int, vectors: bool
+    model: Model, config: GenerationConfig, said: set[str], length: int, wordless: bool
 ) -> GenerationConfig:
-    """Settings whose `max_length`, `max_new_tokens` and `min_length` are all about this prompt of `length` tokens."""
+    """Settings whose `max_length`, `max_new_tokens` and `min_length` are all about this prompt of `length` tokens.
+
+    Of a prompt without words all three count its vectors, though they are no tokens of the text.
+    """
     limit = positions_of(model)
     if limit is not None and length >= limit:
         raise ValueError(f"the prompt has {length} tokens, the model {limit} positions: none is left for a new token")
     by_default = "max_length" not in said and config.max_length == DEFAULT_LENGTH
     if config.max_new_tokens is not None:
         most = length + config.max_new_tokens
-    elif by_default or config.max_length is None:
+    elif config.max_length is None or (by_default and not wordless):
         most = length + DEFAULT_LENGTH
         most = most if limit is None else min(most, limit)
     else:
-        most = config.max_length + (length if vectors else 0)
+        most = config.max_length
     if length >= most:
         raise ValueError(
             f"the prompt has {length} tokens and max_length={config.max_length} counts them: nothing is left to "
@@ -603,14 +611,18 @@ def _with_lengths(
             f"{length} tokens of the prompt and {most - length} new ones are more than the {limit} positions of the "
             "model"
         )
-    least = config.min_length or 0
+    at_least, least = config.min_length or 0, config.min_length or 0
     if config.min_new_tokens is not None:
-        least = config.min_new_tokens + length
+        if "min_length" in said and at_least:
+            log.warning("min_new_tokens and min_length are both set: min_new_tokens=%d counts", config.min_new_tokens)
+        at_least, least = 0, config.min_new_tokens + length
+    elif wordless:
+        at_least = max(least - length, 0)
     if least > most:
         log.warning("the text shall have %d tokens at least and %d at most: it ends at the latter", least, most)
     if config.max_new_tokens is not None and "max_new_tokens" in said and "max_length" in said:
         log.warning("max_new_tokens and max_length are both set: max_new_tokens=%d counts", config.max_new_tokens)
-    return config.replace(max_length=most, max_new_tokens=most - length)
+    return config.replace(max_length=most, max_new_tokens=most - length, min_length=at_least)
 
 
 def _decided(value: int | None) -> int:

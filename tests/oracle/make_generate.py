@@ -355,6 +355,8 @@ def encoders(pad: int, start: int, name: str = "generate.texts") -> dict[str, In
 
 # A sound is not stored: ["floats", name, *shape] is made by `oracle.cases.floats`.
 SOUND = {"input_features": ["floats", "generate.sound", 3, 8, 24]}
+# Nor is a prompt of vectors.
+VECTORS = {"inputs_embeds": ["floats", "generate.vectors", 3, 6, 32]}
 SOUNDS = {
     "sound": SOUND,
     "one": {"input_features": ["floats", "generate.sound", 1, 8, 24]},
@@ -436,7 +438,9 @@ def groups(beams: int, groups: int, penalty: float) -> Settings:
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         {"main": GPT2, "draft": shallow(GPT2, n_layer=2)},
-        decoders(0) | {"ending": prompts(0, 7, 4, 2, name="generate.prompts.l")},
+        decoders(0)
+        | {"ending": prompts(0, 7, 4, 2, name="generate.prompts.l")}
+        | {"vectors": VECTORS, "spoken": VECTORS | {"input_ids": ids("generate.spoken", 3, 6, low=8, high=VOCAB).tolist()}},
         make(
             "greedy",
             {
@@ -448,6 +452,9 @@ FAMILIES: dict[str, Family] = {
                 "eos_several": {"eos_token_id": [40, 27, 8]},
                 "min_new_tokens": {"min_new_tokens": 10},
                 "min_length": {"min_length": 16},
+                "min_both": {"min_new_tokens": 3, "min_length": 16},
+                "vectors": {"_inputs": "vectors", "max_length": 15, "min_length": 12},
+                "vectors_and_words": {"_inputs": "spoken", "max_length": 15, "repetition_penalty": 1.4},
                 "repetition": {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
                 "forced": {"forced_bos_token_id": 9, "forced_eos_token_id": 40},
                 "suppress": {"suppress_tokens": [27, 38], "begin_suppress_tokens": [21, 46]},
