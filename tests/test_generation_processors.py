@@ -192,6 +192,14 @@ def test_lists_take_what_their_processors_need() -> None:
     assert process(plain(oracle.texts(), 5), scores, unconditional=scores).shape == scores.shape
 
 
+def test_an_end_that_is_ruled_out_does_not_become_likelier() -> None:
+    config = GenerationConfig(min_length=12, eos_token_id=7, exponential_decay_length_penalty=(1, 1.5))
+    run = then(*processors.processors_of(config))
+    scores = jnp.asarray(oracle.scores())
+    tokens = Tokens.of(oracle.texts()[:, :9], prompt=2)
+    np.testing.assert_array_equal(run(tokens, scores), scores.at[:, 7].set(-jnp.inf))
+
+
 def test_own_processors_go_before_those_of_sampling() -> None:
     mine = processors.custom(lambda tokens, scores: scores + 1, "mine")
     config = GenerationConfig(do_sample=True, repetition_penalty=2.0, renormalize_logits=True)

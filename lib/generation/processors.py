@@ -156,7 +156,8 @@ def exponential_decay_length(start: Number, factor: Number, eos_token_id: int | 
 def _exponential_decay_length(state: Tokens, scores: Array, *, start: Any, factor: Any, eos: tuple[int, ...]) -> Array:
     over = state.new() - start
     grown = jnp.asarray(factor, scores.dtype) ** jnp.maximum(over, 0).astype(scores.dtype) - 1
-    ends = _listed("exponential_decay_length", eos, scores) & (over > 0)
+    # What is ruled out stays so: minus infinity and what would be added to it are no number.
+    ends = _listed("exponential_decay_length", eos, scores) & (over > 0) & (scores > NEVER)
     return jnp.where(ends, scores + jnp.abs(scores) * grown, scores)
 
 

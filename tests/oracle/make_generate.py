@@ -24,6 +24,8 @@ Greedy search:
   model that reads padding. Generation stops with the last row, so that sequences may be shorter than asked for.
 - BART's configuration has a `forced_eos_token_id` (2, unless it says otherwise): its texts end so at their full length.
 - `forced_bos_token_id` is for texts of one token: after a longer prompt it does nothing.
+- `exponential_decay_length_penalty` makes NaN of an eos that `min_length` or a forced token rules out, and NaN is taken
+  for the best: the text ends where it must not. No case has both; in formax what is ruled out stays so.
 - `logits` are the model's, `scores` what processors made of them; of beams, they are log-softmaxed before processors.
 - Without `negative_prompt_ids`, guidance compares with a text that begins with the last token of the prompt. A negative
   prompt with padding has positions that count the padding, even where the prompt's own do not; here it has none, or the
@@ -77,7 +79,9 @@ DoLa:
 - Tokens less likely than a tenth of the likeliest are ruled out, so `scores` has values of minus infinity.
 
 Assisted generation:
-- One row only. The text is that of greedy search, whatever is proposed; `scores` have one entry for each token.
+- One row only. The text is that of greedy search, whatever is proposed; `scores` have one entry for each token. With
+  `prompt_lookup_num_tokens` it may become one token longer than asked for, and a prompt whose last token is an eos gets
+  nothing; here neither is so.
 - The number of proposed tokens and its schedule are settings of the assistant, not of the call.
 """
 
@@ -356,7 +360,8 @@ def encoders(pad: int, start: int, name: str = "generate.texts") -> dict[str, In
 # A sound is not stored: ["floats", name, *shape] is made by `oracle.cases.floats`.
 SOUND = {"input_features": ["floats", "generate.sound", 3, 8, 24]}
 # Nor is a prompt of vectors.
-VECTORS = {"inputs_embeds": ["floats", "generate.vectors", 3, 6, 32]}
+VECTORS = {"inputs_embeds": ["floats", "generate.vectors", 3, 7, 32]}
+SPOKEN = VECTORS | {"input_ids": prompts(0, 7, 7, 7, name="generate.spoken")["input_ids"]}
 SOUNDS = {
     "sound": SOUND,
     "one": {"input_features": ["floats", "generate.sound", 1, 8, 24]},
@@ -440,7 +445,7 @@ FAMILIES: dict[str, Family] = {
         {"main": GPT2, "draft": shallow(GPT2, n_layer=2)},
         decoders(0)
         | {"ending": prompts(0, 7, 4, 2, name="generate.prompts.l")}
-        | {"vectors": VECTORS, "spoken": VECTORS | {"input_ids": ids("generate.spoken", 3, 6, low=8, high=VOCAB).tolist()}},
+        | {"vectors": VECTORS, "spoken": SPOKEN},
         make(
             "greedy",
             {
