@@ -26,6 +26,9 @@ ROOT = Path(os.environ.get("FORMAX_GOLDENS", Path(__file__).resolve().parent.par
 # Whether there is a cache is said by passing one, and losses are functions of their own.
 SWITCHES = {"use_cache", "return_loss"}
 
+# Relative to the standard deviation of the output, float32, where tokens are real (tests/oracle/compare.py).
+TOLERANCE = 1e-4
+
 Tensors = dict[str, npt.NDArray[Any]]
 
 
@@ -133,6 +136,13 @@ def _of_families(some: str) -> list[Golden]:
     families = set(some.split(",")) if some else {path.name for path in ROOT.iterdir()} - {"real"}
     files = sorted(path for path in ROOT.glob("*/*.json") if path.parent.name in families)
     return [Golden(path.parent.name, path.stem) for path in files]
+
+
+def field(out: Any, name: str) -> np.ndarray:
+    """`hidden_states.0` of an output."""
+    for part in name.split("."):
+        out = out[int(part)] if part.isdigit() else getattr(out, part)
+    return np.asarray(out)
 
 
 def weighted(out: Any) -> jax.Array:

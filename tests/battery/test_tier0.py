@@ -52,7 +52,7 @@ def test_full_size_forward_in_bfloat16(golden: Golden) -> None:
         assert made.dtype == jnp.bfloat16, name
 
 
-# Gradients show it of the others (test_tier1.py).
+# Gradients show it of the others (test_steps.py).
 TRACED = {golden.architecture.name for golden in goldens()} - {one.architecture.name for one in each_of_a_frame()}
 
 

@@ -352,7 +352,7 @@ BARE: dict[str, Any] = {"writer": "", "literal_config": False} | dict.fromkeys(
     ("rename", "drop", "missing", "unexpected"), ()
 )
 # Fields that are no switch of a computation: how a call returns what it computes, labels, names.
-NO_SWITCH = re.compile(r"return_dict|output_|id2label|label2id|torchscript|_attn_implementation|is_encoder_decoder")
+NO_SWITCH = re.compile(r"return_dict|output_|id2label|label2id|pruned_heads|torchscript|_attn_impl|is_encoder_decoder")
 # Settings of `generate`, which old configurations held. Tokens are of the model, too: which is padding, and the last.
 OF_GENERATION = {name for name in transformers.GenerationConfig().to_dict() if not name.endswith("_token_id")}
 ACTIVATIONS = ("relu", "silu", "gelu_new", "quick_gelu")
@@ -367,10 +367,12 @@ WORDS = {
 def changed(config: dict[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields a label and the arguments of the configuration for each other value of each field, also of inner ones."""
     for name, value in fields.items():
-        if isinstance(value, Mapping) and isinstance(config.get(name), Mapping):
-            for label, inner in changed(dict(config[name]), value):
+        if NO_SWITCH.match(name) or name in OF_GENERATION:
+            continue
+        if isinstance(value, Mapping):
+            for label, inner in changed(dict(config.get(name, {})), value):
                 yield f"{name}.{label}", config | {name: inner}
-        elif not (NO_SWITCH.match(name) or name in OF_GENERATION):
+        else:
             for other in other_values(name, value):
                 yield f"{name}={other}", config | {name: other}
 
