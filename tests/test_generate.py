@@ -418,6 +418,28 @@ def test_vectors_in_the_place_of_tokens(gpt2: Any) -> None:
         gpt2.generate(IDS[:, 1:], inputs_embeds=vectors)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_of_beams_adds_up(llama: Any, use_cache: bool) -> None:
+    """The score of each text is the sum of what guidance makes of its tokens, read anew with and without the prompt."""
+    negative, scale = IDS[:, ::2], 1.7
+    way: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0}
+    kept = {"return_dict_in_generate": True, "output_scores": True}
+    out = llama.generate(
+        IDS, negative_prompt_ids=negative, guidance_scale=scale, use_cache=use_cache, **kept, **PLAIN, **way
+    )
+    new = np.asarray(out.sequences)[:, 6:]
+
+    def logarithms(prompt: np.ndarray) -> np.ndarray:
+        ids = np.concatenate([np.repeat(prompt, 3, axis=0), new], axis=1)
+        logits = llama(input_ids=ids).logits[:, prompt.shape[1] - 1 : -1]
+        return np.asarray(jax.nn.log_softmax(logits, axis=-1))
+
+    given, without = logarithms(IDS), logarithms(negative)
+    guided = np.take_along_axis(without + scale * (given - without), new[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.sequences_scores, guided.sum(-1), rtol=1e-4)
+    assert (np.diff(np.asarray(out.sequences_scores).reshape(2, 3)) <= 0).all()
+
+
 def test_a_model_on_a_mesh_writes_the_same(llama: Any) -> None:
     split = shard(llama, make_mesh(data=2, tensor=2))
     assert len(split.params["layers"][0]["mlp"]["up"]["kernel"].sharding.device_set) == 4
@@ -539,8 +561,12 @@ def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, ca
         gpt2.generate(IDS, num_return_sequences=2)
     with pytest.raises(ValueError, match="negative_prompt_ids has an effect only with a guidance_scale"):
         gpt2.generate(IDS, negative_prompt_ids=IDS)
-    with pytest.raises(ValueError, match="guidance_scale goes with greedy search and sampling"):
-        gpt2.generate(IDS, guidance_scale=2.0, num_beams=2)
+    with pytest.raises(ValueError, match="negative_prompt_ids has an effect only with a guidance_scale"):
+        gpt2.generate(IDS, negative_prompt_ids=IDS, num_beams=2)
+    with pytest.raises(ValueError, match="go with greedy search, sampling and beams, not with contrastive_search"):
+        gpt2.generate(IDS, guidance_scale=2.0, penalty_alpha=0.6, top_k=4)
+    with pytest.raises(ValueError, match="go with greedy search, sampling and beams, not with assisted"):
+        gpt2.generate(IDS, negative_prompt_ids=IDS, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration writes about what it reads: give input_ids"):
         t5.generate(decoder_input_ids=IDS)
     with pytest.raises(ValueError, match="decoder_input_ids has 1 rows, input_ids has 2"):

@@ -43,12 +43,6 @@ def to_the_end(task: Task, go: Callable[[S, jax.Array], tuple[S, jax.Array]], se
     return search, bool(over) or until == end
 
 
-def without_guidance(task: Task) -> None:
-    """Raises ValueError if there is guidance."""
-    if "unconditional" in task.process.needs:
-        raise ValueError(f"guidance_scale goes with greedy search and sampling, not with {task.mode.value}")
-
-
 def answer(task: Task, texts: Any, seen: dict[str, Any], branches: int = 1) -> Any:
     """What is returned of texts that were written token by token.
 

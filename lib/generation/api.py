@@ -123,6 +123,15 @@ def generate(
 plain: Callable[..., Any] = generate.__wrapped__  # type: ignore[attr-defined]
 
 
+# Ways that have no place for guidance.
+UNGUIDED = {
+    GenerationMode.ASSISTED,
+    GenerationMode.CONSTRAINED_BEAM,
+    GenerationMode.CONTRASTIVE,
+    GenerationMode.GROUP_BEAM,
+}
+
+
 def run(
     task: Task,
     key: jax.Array | None,
@@ -142,9 +151,14 @@ def run(
         what: its inputs, as they were given for the task.
     """
     key = _key(task, key)
+    if task.mode in UNGUIDED and (negative[0] is not None or "unconditional" in task.process.needs):
+        raise ValueError(
+            "guidance_scale and negative_prompt_ids go with greedy search, sampling and beams, not with "
+            f"{task.mode.value}"
+        )
     match task.mode:
         case GenerationMode.BEAM | GenerationMode.BEAM_SAMPLE:
-            own: Callable[[], Any] = partial(beams.write, task, key)
+            own: Callable[[], Any] = partial(beams.write, task, key, *negative)
         case GenerationMode.GROUP_BEAM | GenerationMode.CONSTRAINED_BEAM:
             own = partial(groups.write, task)
         case GenerationMode.CONTRASTIVE:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from formax.generation import sampling, state
-from formax.generation.answer import answer, to_the_end, without_guidance
+from formax.generation.answer import answer, to_the_end
 from formax.generation.config import GenerationConfig
 from formax.generation.decoding import Context, Feed, read
 from formax.generation.sampling import Rules, noted, read_last, written
@@ -247,7 +247,6 @@ def write(task: Task, key: Array | None, assistant: Model | None, given: dict[st
         ValueError: settings that do not go together, or an assistant that cannot propose tokens to this model.
     """
     c = task.config
-    without_guidance(task)
     if task.layers or c.num_return_sequences > 1:
         raise ValueError("assisted generation writes one text for every input, without dola_layers")
     if not task.rewinds:

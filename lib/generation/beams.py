@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from formax.generation import state
-from formax.generation.answer import beam_answer, longest, to_the_end, without_guidance
+from formax.generation.answer import beam_answer, longest, to_the_end
 from formax.generation.decoding import Context, Feed, Known
-from formax.generation.sampling import empty_record, noted, read_last
+from formax.generation.sampling import empty_record, guidance_of, noted, processed, read_last, written
 from formax.generation.state import Rule, Tokens
 from formax.generation.task import Task
 from formax.model import Model
@@ -31,7 +31,7 @@ NEVER = -1.0e9
 
 @dataclass(frozen=True)
 class How:
-    """What is part of the program; `feed`, `steps` and `keeps` as in `sampling.How`.
+    """What is part of the program; `feed`, `steps`, `keeps` and `negative` as in `sampling.How`.
 
     Attributes:
         beams: beams of every input.
@@ -45,6 +45,7 @@ class How:
     beams: int
     candidates: int
     early: bool | str
+    negative: Feed | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -122,6 +123,7 @@ class Beams:
         stuck: bool, whether every candidate of the last step has ended.
         key: random key, if anything is drawn.
         record: what is kept of every step, arrays [N, B * K, ...].
+        negative: the beams after the prompt for guidance, and what is known of them.
     """
 
     tokens: Tokens
@@ -132,13 +134,19 @@ class Beams:
     stuck: Array
     key: Array | None
     record: dict[str, Any]
+    negative: tuple[Tokens, Context] | None = None
 
 
 @partial(jax.jit, static_argnames=("how",))
-def begin(model: Model, known: Known, rules: Rules, key: Array | None, *, how: How) -> Beams:
+def begin(
+    model: Model, known: Known, rules: Rules, key: Array | None, negative: Known | None = None, *, how: How
+) -> Beams:
     """Takes the first step after a prompt that was read, once for all beams."""
     inputs, k, room = len(known.logits), how.beams, known.tokens.ids.shape[1]
-    known = known.branched(k)
+    known, beside, other = known.branched(k), None, None
+    if negative is not None:
+        negative = negative.branched(k)
+        beside, other = (negative.tokens, negative.context), negative.logits
     ids = jnp.where(jnp.arange(room) < known.tokens.length, known.tokens.ids, rules.fill)
     tokens, ids = replace(known.tokens, ids=ids), ids.reshape(inputs, k, room)
     # The beams are equal at first: all continuations come from one of them.
@@ -153,8 +161,9 @@ def begin(model: Model, known: Known, rules: Rules, key: Array | None, *, how: H
         jnp.zeros((), bool),
         key,
         empty_record(model, how.feed, known.context, tokens, known.logits, how.steps, how.keeps),
+        beside,
     )
-    return choose(beams, known.logits, rules, how)
+    return choose(beams, known.logits, rules, how, other)
 
 
 @partial(jax.jit, static_argnames=("how",), donate_argnames=("beams",))
@@ -163,8 +172,13 @@ def go(model: Model, beams: Beams, rules: Rules, until: Array, *, how: How) -> t
 
     def step(beams: Beams) -> Beams:
         logits, context, seen = read_last(model, how.feed, beams.context, beams.tokens)
-        record = noted(beams.record, seen, beams.tokens)
-        return choose(replace(beams, context=context, record=record), logits, rules, how)
+        beams = replace(beams, context=context, record=noted(beams.record, seen, beams.tokens))
+        other = None
+        if beams.negative is not None and how.negative is not None:
+            its, known = beams.negative
+            other, known, _ = read_last(model, how.negative, known, its)
+            beams = replace(beams, negative=(its, known))
+        return choose(beams, logits, rules, how, other)
 
     beams = jax.lax.while_loop(lambda one: ~over(one, how) & (one.tokens.length < until), step, beams)
     return beams, over(beams, how)
@@ -176,11 +190,11 @@ def over(beams: Beams, how: How) -> Array:
     return ~beams.improvable.any() | full | beams.stuck
 
 
-def choose(beams: Beams, logits: Array, rules: Rules, how: How) -> Beams:
-    """Continues every beam by the scores [B * K, V], and keeps the best."""
+def choose(beams: Beams, logits: Array, rules: Rules, how: How, other: Array | None = None) -> Beams:
+    """Continues every beam by the scores [B * K, V], with `other` ones for guidance, and keeps the best."""
     k, before = how.beams, beams.tokens
     inputs = len(beams.running.scores)
-    scores = rules.process(before, jax.nn.log_softmax(logits, axis=-1))
+    scores = processed(rules.process, before, jax.nn.log_softmax(logits, axis=-1), other)
     record = noted(beams.record, {"scores": scores, "logits": logits}, before)
     sums = (scores.reshape(inputs, k, -1) + beams.running.scores[..., None]).reshape(inputs, -1)
     key, picked = beams.key, sums
@@ -198,15 +212,21 @@ def choose(beams: Beams, logits: Array, rules: Rules, how: How) -> Beams:
     kept = jax.lax.top_k(found.scores + jnp.where(ends, NEVER, 0), k)[1]
     running = replace(found, scores=found.scores + jnp.where(ends, NEVER, 0)).at(kept)
     aside = put_aside(beams, found, ends & (jnp.arange(how.candidates) < k), tokens.new(), rules, how)
+    sources, chosen = (jnp.take_along_axis(x, kept, axis=1).reshape(-1) for x in (rows, token))
+    negative = beams.negative
+    if negative is not None:
+        its = written(replace(negative[0], ids=negative[0].ids[sources]), chosen.astype(jnp.int32))
+        negative = its, negative[1].take(sources, of_texts=True)
     return Beams(
         replace(tokens, ids=running.ids.reshape(inputs * k, -1)),
-        beams.context.take(jnp.take_along_axis(rows, kept, axis=1).reshape(-1), of_texts=True),
+        beams.context.take(sources, of_texts=True),
         running,
         aside,
         beams.improvable & can_improve(running, aside, tokens.new(), rules, how),
         ends.all(),
         key,
         record,
+        negative,
     )
 
 
@@ -240,10 +260,10 @@ def can_improve(running: Some, aside: Some, new: Array, rules: Rules, how: How) 
     return (best > worst).any(-1, keepdims=True)
 
 
-def write(task: Task, key: Array | None) -> Any:
+def write(task: Task, key: Array | None, negative: Any = None, negative_mask: Any = None) -> Any:
     """Beam search, from the prompt to what `generate` returns."""
-    without_guidance(task)
     c, ends = task.config, task.config.eos_token_ids
+    other, feed = guidance_of(task, negative, negative_mask)
     how = How(
         feed=task.feed,
         steps=task.steps,
@@ -251,11 +271,12 @@ def write(task: Task, key: Array | None) -> Any:
         beams=c.num_beams,
         candidates=max(2, 1 + len(ends)) * c.num_beams,
         early=c.early_stopping,
+        negative=feed,
     )
     # The reference's: a padding token 0 does not count as one.
     rules = rules_of(task, (c.pad_token_id or ends[0]) if ends else -1)
     known = task.known()
-    beams = begin(task.model, known.forgotten(), rules, key, how=how)
+    beams = begin(task.model, known.forgotten(), rules, key, other, how=how)
     beams, over = to_the_end(task, lambda beams, until: go(task.model, beams, rules, until, how=how), beams)
     if task.traced:
         aside = jax.tree.map(partial(jnp.where, over), beams.aside, cut_off(beams, rules, how))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from formax.generation import sampling
-from formax.generation.answer import answer, to_the_end, without_guidance
+from formax.generation.answer import answer, to_the_end
 from formax.generation.decoding import Context, Known
 from formax.generation.sampling import empty_record, noted, read_last, written
 from formax.generation.state import Tokens
@@ -144,7 +144,6 @@ def write(task: Task) -> Any:
     Raises:
         ValueError: there is guidance, or no cache.
     """
-    without_guidance(task)
     if not task.feed.cached:
         raise ValueError("contrastive search reads every candidate after the same text: it needs use_cache=True")
     own = {**vars(sampling.how_of(task)), "branches": 1}

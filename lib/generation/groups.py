@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from formax.generation import state
-from formax.generation.answer import beam_answer, to_the_end, without_guidance
+from formax.generation.answer import beam_answer, to_the_end
 from formax.generation.beams import NEVER, How, Rules, Some, continued, rules_of
 from formax.generation.config import GenerationMode
 from formax.generation.constraints import Constraints, Progress, constraints_of
@@ -247,7 +247,6 @@ def write(task: Task) -> Any:
     Raises:
         ValueError: settings that do not go together.
     """
-    without_guidance(task)
     c, ends, count = task.config, task.config.eos_token_ids, task.config.num_beam_groups
     constraints = None
     if task.mode is GenerationMode.CONSTRAINED_BEAM:

@@ -160,7 +160,7 @@ def choose(
         states: of all layers [B, E], for DoLa.
     """
     scores = contrast(model, how.feed, how.layers, logits, states) if how.layers else logits
-    scores = rules.process(texts.tokens, scores, **({} if other is None else {"unconditional": other}))
+    scores = processed(rules.process, texts.tokens, scores, other)
     texts = replace(texts, record=noted(texts.record, {"scores": scores, "logits": logits}, texts.tokens))
     key = texts.key
     if key is not None:
@@ -173,6 +173,11 @@ def choose(
     tokens = written(texts.tokens, chosen)
     negative = texts.negative and (written(texts.negative[0], chosen), texts.negative[1])
     return replace(texts, tokens=tokens, done=texts.done | rules.criteria(tokens, scores), key=key, negative=negative)
+
+
+def processed(process: Rule, tokens: Tokens, scores: Array, other: Array | None) -> Array:
+    """Scores [B, V] after the rules, which are given those without the prompt if there is guidance."""
+    return process(tokens, scores, **({} if other is None else {"unconditional": other}))
 
 
 def written(tokens: Tokens, chosen: Array) -> Tokens:
@@ -222,19 +227,23 @@ def rules_of(task: Task) -> Rules:
 
 
 def first_of(task: Task, negative: Any, negative_mask: Any) -> tuple[Known, Known | None, How]:
-    """What is known of the prompt, and of the one for guidance if there is guidance; and the program.
+    """What is known of the prompt, and of the one for guidance if there is guidance; and the program."""
+    other, feed = guidance_of(task, negative, negative_mask)
+    return task.known(), other, replace(how_of(task), negative=feed)
+
+
+def guidance_of(task: Task, negative: Any, negative_mask: Any) -> tuple[Known | None, Feed | None]:
+    """What is known of the prompt that guidance leads away from, and how its text is given; None without guidance.
 
     Raises:
         ValueError: there is no guidance, and a prompt for it is given.
     """
-    how, other = how_of(task), None
     if "unconditional" in task.process.needs:
-        prompt, given = negative_of(task, negative, negative_mask)
-        how = replace(how, negative=given[0])
-        other = prefill(task.model, given[0], prompt, *given[1:])
-    elif negative is not None:
+        prompt, (feed, room, count) = negative_of(task, negative, negative_mask)
+        return prefill(task.model, feed, prompt, room, count), feed
+    if negative is not None:
         raise ValueError("negative_prompt_ids has an effect only with a guidance_scale other than 1")
-    return task.known(), other, how
+    return None, None
 
 
 def write(task: Task, key: Array | None, streamer: Any, negative: Any = None, negative_mask: Any = None) -> Any:
