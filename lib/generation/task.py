@@ -611,18 +611,17 @@ def _with_lengths(
             f"{length} tokens of the prompt and {most - length} new ones are more than the {limit} positions of the "
             "model"
         )
-    at_least, least = config.min_length or 0, config.min_length or 0
-    if config.min_new_tokens is not None:
-        if "min_length" in said and at_least:
+    least = config.min_length or 0
+    min_length = max(least - length, 0) if wordless else least
+    if config.min_new_tokens is not None:  # which has a rule of its own
+        if "min_length" in said and least:
             log.warning("min_new_tokens and min_length are both set: min_new_tokens=%d counts", config.min_new_tokens)
-        at_least, least = 0, config.min_new_tokens + length
-    elif wordless:
-        at_least = max(least - length, 0)
+        least, min_length = config.min_new_tokens + length, 0
     if least > most:
         log.warning("the text shall have %d tokens at least and %d at most: it ends at the latter", least, most)
     if config.max_new_tokens is not None and "max_new_tokens" in said and "max_length" in said:
         log.warning("max_new_tokens and max_length are both set: max_new_tokens=%d counts", config.max_new_tokens)
-    return config.replace(max_length=most, max_new_tokens=most - length, min_length=at_least)
+    return config.replace(max_length=most, max_new_tokens=most - length, min_length=min_length)
 
 
 def _decided(value: int | None) -> int:

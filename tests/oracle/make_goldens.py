@@ -324,6 +324,23 @@ def sensitivity(family: str, module: ModuleType) -> int:
     return 1 if hidden else 0
 
 
+# Fields of a case that say how its checkpoint is not as the reference saves it, without that.
+BARE: dict[str, Any] = {"writer": "", "literal_config": False} | dict.fromkeys(
+    ("rename", "drop", "missing", "unexpected"), ()
+)
+# Fields that are no switch of a computation: how a call returns what it computes, labels, names.
+NO_SWITCH = re.compile(r"return_dict|output_|id2label|label2id|pruned_heads|torchscript|_attn_impl|is_encoder_decoder")
+# Settings of `generate`, which old configurations held. Tokens are of the model, too: which is padding, and the last.
+OF_GENERATION = {name for name in transformers.GenerationConfig().to_dict() if not name.endswith("_token_id")}
+ACTIVATIONS = ("relu", "silu", "gelu_new", "quick_gelu")
+WORDS = {
+    "position_embedding_type": ("absolute", "relative_key", "relative_key_query"),
+    "summary_type": ("last", "first", "mean", "cls_index"),
+    "feat_extract_norm": ("group", "layer"),
+    "layer_type": ("basic", "bottleneck"),
+}
+
+
 def switches(root: Path, family: str, module: ModuleType) -> int:
     """Makes goldens of every field's other values, one field at a time and one case for each architecture.
 
@@ -345,23 +362,6 @@ def switches(root: Path, family: str, module: ModuleType) -> int:
                 count += 1
     print(f"{family}: {count} goldens of {len(cases)} architectures")
     return 0
-
-
-# Fields of a case that say how its checkpoint is not as the reference saves it, without that.
-BARE: dict[str, Any] = {"writer": "", "literal_config": False} | dict.fromkeys(
-    ("rename", "drop", "missing", "unexpected"), ()
-)
-# Fields that are no switch of a computation: how a call returns what it computes, labels, names.
-NO_SWITCH = re.compile(r"return_dict|output_|id2label|label2id|pruned_heads|torchscript|_attn_impl|is_encoder_decoder")
-# Settings of `generate`, which old configurations held. Tokens are of the model, too: which is padding, and the last.
-OF_GENERATION = {name for name in transformers.GenerationConfig().to_dict() if not name.endswith("_token_id")}
-ACTIVATIONS = ("relu", "silu", "gelu_new", "quick_gelu")
-WORDS = {
-    "position_embedding_type": ("absolute", "relative_key", "relative_key_query"),
-    "summary_type": ("last", "first", "mean", "cls_index"),
-    "feat_extract_norm": ("group", "layer"),
-    "layer_type": ("basic", "bottleneck"),
-}
 
 
 def changed(config: dict[str, Any], fields: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
