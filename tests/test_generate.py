@@ -409,11 +409,15 @@ def test_rules_and_functions_of_ones_own(gpt2: Any) -> None:
         gpt2.generate(IDS, logits_processor=[3])
 
 
-def test_vectors_in_the_place_of_tokens(gpt2: Any) -> None:
-    vectors = gpt2.params["embed"]["word"]["embedding"][IDS]
-    out = gpt2.generate(inputs_embeds=vectors, **PLAIN)
-    np.testing.assert_array_equal(out, gpt2.generate(IDS, **PLAIN)[:, 6:])
-    np.testing.assert_array_equal(gpt2.generate(IDS, inputs_embeds=vectors, **PLAIN), gpt2.generate(IDS, **PLAIN))
+@pytest.mark.parametrize(
+    "way", [{}, {"num_beams": 2}, {"penalty_alpha": 0.6, "top_k": 4}], ids=["", "beams", "contrast"]
+)
+def test_vectors_in_the_place_of_tokens(gpt2: Any, way: dict[str, Any]) -> None:
+    vectors, words = gpt2.params["embed"]["word"]["embedding"][IDS], gpt2.generate(IDS, **PLAIN, **way)
+    np.testing.assert_array_equal(gpt2.generate(inputs_embeds=vectors, **PLAIN, **way), words[:, 6:])
+    np.testing.assert_array_equal(gpt2.generate(IDS, inputs_embeds=vectors, **PLAIN, **way), words)
+    with pytest.raises(ValueError, match="inputs_embeds are read once"):
+        gpt2.generate(inputs_embeds=vectors, use_cache=False)
     with pytest.raises(ValueError, match=r"words of inputs_embeds.* of shape \(2, 6\), got \(2, 5\)"):
         gpt2.generate(IDS[:, 1:], inputs_embeds=vectors)
 

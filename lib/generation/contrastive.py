@@ -107,7 +107,8 @@ def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
     logits, context, seen = read_last(model, how.feed, texts.context, several)
     states = _unit(_state(seen)).reshape(rows, k, -1)
 
-    columns = texts.tokens.written()
+    # All that was read counts, also vectors that are no tokens of the text; what fills a prompt up is masked.
+    columns = jnp.arange(texts.states.shape[1]) < texts.tokens.length
     there = columns if texts.context.mask is None else columns & texts.context.mask[::k]
     alike = jnp.einsum("ble,bke->bkl", texts.states, states)
     alike = jnp.where(jnp.broadcast_to(there, (rows, there.shape[-1]))[:, None], alike, -jnp.inf).max(-1)

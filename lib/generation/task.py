@@ -216,6 +216,10 @@ def task_of(
         model.check_unstacked()
     if cache is not None and not cached:
         raise ValueError("a cache is given, but use_cache=False")
+    if vectors and not cached:
+        raise ValueError(
+            "inputs_embeds are read once and kept in a cache, which use_cache=False forbids; give input_ids"
+        )
     asked = {name for name in OUTPUT_FLAGS if config.return_dict_in_generate and getattr(config, name) is True}
     seen = tuple(name for name in ("output_attentions", "output_hidden_states") if name in asked)
     back = cached and rewinds(model)
