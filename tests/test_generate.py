@@ -422,6 +422,18 @@ def test_vectors_in_the_place_of_tokens(gpt2: Any, way: dict[str, Any]) -> None:
         gpt2.generate(IDS[:, 1:], inputs_embeds=vectors)
 
 
+def test_an_encoder_that_ran_before(t5: Any, caplog: pytest.LogCaptureFixture) -> None:
+    words, states = t5.generate(IDS, **PLAIN), t5.encode(input_ids=IDS)
+    np.testing.assert_array_equal(t5.generate(encoder_outputs=states, **PLAIN), words)
+    vectors = t5.params["embed"]["word"]["embedding"][IDS]
+    for way in ({}, {"num_beams": 2}):
+        whole = t5.generate(IDS, **PLAIN, **way)
+        np.testing.assert_array_equal(t5.generate(inputs_embeds=vectors, **PLAIN, **way), whole)
+    np.testing.assert_array_equal(t5.generate(encoder_outputs=states, encoder_repetition_penalty=3.0, **PLAIN), words)
+    assert "encoder_repetition_penalty looks at the words that the encoder reads" in caplog.text
+    assert (t5.generate(IDS, encoder_repetition_penalty=3.0, **PLAIN) != words).any()
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_guidance_of_beams_adds_up(llama: Any, use_cache: bool) -> None:
     """The score of each text is the sum of what guidance makes of its tokens, read anew with and without the prompt."""

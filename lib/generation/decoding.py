@@ -78,6 +78,15 @@ class Feed:
     placing: mesh.Placing | None = None
     kind: Kind = FULL
 
+    @property
+    def vectors(self) -> str:
+        """The input that has vectors in the place of tokens."""
+        return self.ids.replace("input_ids", "inputs_embeds")
+
+    def is_by_token(self, name: str) -> bool:
+        """Whether an input could say something of each token; not one of an encoder, whatever its shape."""
+        return name not in self.of_memory and name.startswith(self.ids.removesuffix("input_ids"))
+
     @classmethod
     def of(cls, model: Model, *, padded: bool = False, cached: bool = True, seen: tuple[str, ...] = ()) -> Feed:
         """How this model is given tokens.
@@ -166,7 +175,7 @@ def read(
     else:
         # Without a cache the whole buffer is read: what is not written yet comes after, and is not looked at.
         columns, wanted = tokens.ids, start + (jnp.arange(count) if keep is None else keep)
-    if "inputs_embeds" not in given:
+    if feed.vectors not in given:
         given[feed.ids] = columns
     if feed.mask is not None and context.mask is not None:
         given[feed.mask] = context.mask.astype(jnp.int32)

@@ -250,7 +250,9 @@ def task_of(
     prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, wordless, back)
     keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked and not traced)
     keeps += tuple(name for name, switch in SEEN.items() if switch in asked)
-    encoder_ids = _on(own[main]).asarray(own[main]) if seq2seq and main == "input_ids" else ids
+    encoder_ids = own.get("input_ids") if seq2seq else ids
+    if encoder_ids is None:
+        config = _without_words(config)
     rules = processors.processors_of(
         config,
         encoder_ids=encoder_ids,
@@ -428,6 +430,15 @@ def _to_encode(
     return made
 
 
+def _without_words(config: GenerationConfig) -> GenerationConfig:
+    """Settings for an encoder that reads no words: those that look at them have no effect, which is said."""
+    nothing = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
+    for name, value in nothing.items():
+        if getattr(config, name) not in (None, value):
+            log.warning("%s looks at the words that the encoder reads, input_ids: there are none", name)
+    return config.replace(**nothing)
+
+
 def _encoder_length(model: Model, first: Mapping[str, Any], seq2seq: bool) -> int:
     """How many states the decoder looks at."""
     if not seq2seq:
@@ -480,9 +491,7 @@ def _prompt(
         count = length - start  # nothing hides what is read beyond the prompt, nor undoes it
     more = start + count - length
     before, after = (0, more) if back or not feed.cached else (more, 0)
-    by_token = {
-        name: x for name, x in arrays.items() if name not in feed.of_memory and np.shape(x)[:2] == (rows, length)
-    }
+    by_token = {name: x for name, x in arrays.items() if feed.is_by_token(name) and np.shape(x)[:2] == (rows, length)}
     for name, x in by_token.items():  # types of tokens, vectors
         arrays[name] = jnp.pad(x, [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2))
     memory = {name: arrays.pop(name) for name in feed.of_memory if name in arrays}

@@ -362,6 +362,11 @@ SOUND = {"input_features": ["floats", "generate.sound", 3, 8, 24]}
 # Nor is a prompt of vectors.
 VECTORS = {"inputs_embeds": ["floats", "generate.vectors", 3, 7, 32]}
 SPOKEN = VECTORS | {"input_ids": prompts(0, 7, 7, 7, name="generate.spoken")["input_ids"]}
+# The decoder's prompt is as long as what the encoder's text is filled up to; and a text that is vectors.
+BEGUN_LONG = texts(1, 9, 6, 4, name="generate.texts.c") | {
+    "decoder_input_ids": [[2, *row] for row in ids("generate.begun_long", 3, 15, low=8, high=VOCAB).tolist()]
+}
+TEXT_OF_VECTORS = {"inputs_embeds": ["floats", "generate.text", 3, 9, 32]}
 SOUNDS = {
     "sound": SOUND,
     "one": {"input_features": ["floats", "generate.sound", 1, 8, 24]},
@@ -690,12 +695,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "bart": Family(
         {"main": BART, "draft": shallow(BART, decoder_layers=1)},
-        encoders(1, 2, "generate.texts.c"),
+        encoders(1, 2, "generate.texts.c") | {"begun_long": BEGUN_LONG, "vectors": TEXT_OF_VECTORS},
         make(
             "greedy",
             {
                 "plain": {},
                 "begun": {"_inputs": "begun"},
+                "begun_long": {"_inputs": "begun_long"},
+                "vectors": {"_inputs": "vectors"},
                 "forced_bos": {"forced_bos_token_id": 45, "no_repeat_ngram_size": 3, "min_length": 6, "max_length": 11},
                 "shapes": {"_keep": ("shapes",), "max_new_tokens": 3},
             },
