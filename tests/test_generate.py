@@ -409,6 +409,13 @@ def test_rules_and_functions_of_ones_own(gpt2: Any) -> None:
         gpt2.generate(IDS, logits_processor=[3])
 
 
+@pytest.mark.parametrize("way", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_without_a_cache_a_text_can_be_as_long_as_the_model(gpt2: Any, way: dict[str, Any]) -> None:
+    ids = np.arange(2 * 60).reshape(2, 60) % 40 + 4
+    settings = {"max_new_tokens": 4, "eos_token_id": None, **way}  # 64 positions
+    np.testing.assert_array_equal(gpt2.generate(ids, use_cache=False, **settings), gpt2.generate(ids, **settings))
+
+
 @pytest.mark.parametrize(
     "way", [{}, {"num_beams": 2}, {"penalty_alpha": 0.6, "top_k": 4}], ids=["", "beams", "contrast"]
 )
@@ -579,6 +586,8 @@ def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, ca
         gpt2.generate(IDS, negative_prompt_ids=IDS)
     with pytest.raises(ValueError, match="negative_prompt_ids has an effect only with a guidance_scale"):
         gpt2.generate(IDS, negative_prompt_ids=IDS, num_beams=2)
+    with pytest.raises(ValueError, match="60 tokens of negative_prompt_ids and 5 new ones are more than the 64"):
+        gpt2.generate(IDS, negative_prompt_ids=IDS.repeat(10, axis=1), guidance_scale=2.0, max_new_tokens=5)
     with pytest.raises(ValueError, match="go with greedy search, sampling and beams, not with contrastive_search"):
         gpt2.generate(IDS, guidance_scale=2.0, penalty_alpha=0.6, top_k=4)
     with pytest.raises(ValueError, match="go with greedy search, sampling and beams, not with assisted"):

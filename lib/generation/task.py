@@ -275,7 +275,7 @@ def task_of(
         prompt=prompt,
         shown=shown,
         count=count,
-        room=int(prompt.start) + count + bucket(_decided(config.max_length) - length),
+        room=_room(model, feed, int(prompt.start) + count + bucket(_decided(config.max_length) - length)),
         steps=bucket(_decided(config.max_length) - length),
         process=processors.then(*rules),
         criteria=stopping.any_of(*ends),
@@ -328,8 +328,20 @@ def negative_of(task: Task, ids: Any, mask: Any) -> tuple[Prompt, tuple[Feed, in
     feed = dataclasses.replace(
         Feed.of(task.model, padded=mask is not None, cached=task.feed.cached), kind=task.feed.kind
     )
+    limit, length = positions_of(task.model), ids.shape[1]
+    if limit is not None and length + task.most > limit:
+        raise ValueError(
+            f"{length} tokens of negative_prompt_ids and {task.most} new ones are more than the {limit} positions of "
+            "the model"
+        )
     prompt, feed, count = _prompt(task.model, feed, ids, mask, {}, None, 0, False, task.rewinds)
-    return prompt, (feed, count + task.steps, count)
+    return prompt, (feed, _room(task.model, feed, count + task.steps), count)
+
+
+def _room(model: Model, feed: Feed, columns: int) -> int:
+    """Columns of a buffer. Without a cache the model reads all of them, so there are no more than it has positions."""
+    limit = positions_of(model)
+    return columns if feed.cached or limit is None else min(columns, limit)
 
 
 # ----------------------------------------------------------------------------------------------------------- the prompt
