@@ -7,7 +7,7 @@ runs them one after the other for texts. `layers/transformer.py` has the layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,9 +34,11 @@ def shift_right(ids: jax.Array, start: int | None, pad: int | None) -> jax.Array
 
 
 def states_of(encoder_outputs: Any) -> jax.Array:
-    """The encoder's states [B, S, E], given as such, as an output, or as a tuple (an array [1, ...]) that begins so."""
+    """The encoder's states [B, S, E]: given as such, as an output or its dict, as a tuple (an array [1, ...]) of them."""
     if hasattr(encoder_outputs, "last_hidden_state"):
         return encoder_outputs.last_hidden_state
+    if isinstance(encoder_outputs, Mapping):
+        return encoder_outputs["last_hidden_state"]
     in_tuple = isinstance(encoder_outputs, tuple | list) or encoder_outputs.ndim == 4
     return encoder_outputs[0] if in_tuple else encoder_outputs
 

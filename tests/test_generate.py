@@ -431,7 +431,8 @@ def test_vectors_in_the_place_of_tokens(gpt2: Any, way: dict[str, Any]) -> None:
 
 def test_an_encoder_that_ran_before(t5: Any, caplog: pytest.LogCaptureFixture) -> None:
     words, states = t5.generate(IDS, **PLAIN), t5.encode(input_ids=IDS)
-    np.testing.assert_array_equal(t5.generate(encoder_outputs=states, **PLAIN), words)
+    for given in (states, (states.last_hidden_state,), {"last_hidden_state": states.last_hidden_state}):
+        np.testing.assert_array_equal(t5.generate(encoder_outputs=given, **PLAIN), words)
     vectors = t5.params["embed"]["word"]["embedding"][IDS]
     for way in ({}, {"num_beams": 2}):
         whole = t5.generate(IDS, **PLAIN, **way)
@@ -594,6 +595,8 @@ def test_bad_input_is_refused_before_anything_is_compiled(gpt2: Any, t5: Any, ca
         gpt2.generate(IDS, negative_prompt_ids=IDS, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration writes about what it reads: give input_ids"):
         t5.generate(decoder_input_ids=IDS)
+    with pytest.raises(ValueError, match="encoder_outputs has 1 rows, input_ids has 2"):
+        t5.generate(IDS, encoder_outputs=(np.zeros((1, 6, 24), np.float32),))
     with pytest.raises(ValueError, match="decoder_input_ids has 1 rows, input_ids has 2"):
         t5.generate(IDS, decoder_input_ids=[[3]])
     with pytest.raises(ConfigError, match="'low', 'high' or a list"):

@@ -395,6 +395,8 @@ def _decoder_prompt(
     if read is None:
         raise ValueError(f"{model.architecture.name} writes about what it reads: give {main}")
     rows = np.shape(states_of(first[read]) if read == "encoder_outputs" else first[read])[0]
+    if first.get("encoder_outputs") is not None and (made := np.shape(states_of(first["encoder_outputs"]))[0]) != rows:
+        raise ValueError(f"encoder_outputs has {made} rows, {read} has {rows}")
     start = config.decoder_start_token_id if config.decoder_start_token_id is not None else config.bos_token_id
     if start is None:
         raise ValueError("the decoder begins with a token: decoder_start_token_id or bos_token_id must be set")
