@@ -34,7 +34,7 @@ def shift_right(ids: jax.Array, start: int | None, pad: int | None) -> jax.Array
 
 
 def states_of(encoder_outputs: Any) -> jax.Array:
-    """The encoder's states [B, S, E]: given as such, as an output or its dict, as a tuple (an array [1, ...]) of them."""
+    """The encoder's states [B, S, E]: given as such, as an output, its dict, or a tuple (an array [1, ...]) of them."""
     if hasattr(encoder_outputs, "last_hidden_state"):
         return encoder_outputs.last_hidden_state
     if isinstance(encoder_outputs, Mapping):
