@@ -442,6 +442,20 @@ def test_an_encoder_that_ran_before(t5: Any, caplog: pytest.LogCaptureFixture) -
     assert (t5.generate(IDS, encoder_repetition_penalty=3.0, **PLAIN) != words).any()
 
 
+def test_a_memory_as_long_as_the_prompt() -> None:
+    """What is said of each token is filled up with the prompt; what an encoder said is not, though it has the shape."""
+    config = formax.AutoConfig.for_model("gpt2", add_cross_attention=True, n_embd=24, n_layer=2, n_head=4, **SMALL)
+    model = spread(formax.AutoModelForCausalLM.from_config(config, key=KEY))
+    states = np.random.default_rng(0).standard_normal((2, 6, 24), np.float32)
+    memory = {"encoder_hidden_states": states, "encoder_attention_mask": np.array([[1] * 6, [1] * 4 + [0] * 2])}
+    text = IDS
+    for _ in range(3):
+        best = np.asarray(model(input_ids=text, **memory).logits[:, -1].argmax(-1))
+        text = np.concatenate([text, best[:, None]], axis=1)
+    settings = {"max_new_tokens": 3, "eos_token_id": None}
+    np.testing.assert_array_equal(model.generate(IDS, **memory, **settings), text)
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_guidance_of_beams_adds_up(llama: Any, use_cache: bool) -> None:
     """The score of each text is the sum of what guidance makes of its tokens, read anew with and without the prompt."""

@@ -84,8 +84,9 @@ class Feed:
         return self.ids.replace("input_ids", "inputs_embeds")
 
     def is_by_token(self, name: str) -> bool:
-        """Whether an input could say something of each token; not one of an encoder, whatever its shape."""
-        return name not in self.of_memory and name.startswith(self.ids.removesuffix("input_ids"))
+        """Whether an input could say something of each token; not one about an encoder, whatever its shape."""
+        about = name.startswith(self.ids.removesuffix("input_ids")) and not name.startswith("encoder_")
+        return about and name not in self.of_memory
 
     @classmethod
     def of(cls, model: Model, *, padded: bool = False, cached: bool = True, seen: tuple[str, ...] = ()) -> Feed:
