@@ -440,6 +440,8 @@ def test_an_encoder_that_ran_before(t5: Any, caplog: pytest.LogCaptureFixture) -
     np.testing.assert_array_equal(t5.generate(encoder_outputs=states, encoder_repetition_penalty=3.0, **PLAIN), words)
     assert "encoder_repetition_penalty looks at the words that the encoder reads" in caplog.text
     assert (t5.generate(IDS, encoder_repetition_penalty=3.0, **PLAIN) != words).any()
+    heads = np.ones((2, 4), np.float32)  # layers and heads, not rows and tokens
+    np.testing.assert_array_equal(t5.generate(IDS[:, :4], head_mask=heads, **PLAIN), t5.generate(IDS[:, :4], **PLAIN))
 
 
 def test_a_memory_as_long_as_the_prompt() -> None:

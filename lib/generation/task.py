@@ -437,7 +437,8 @@ def _to_encode(
         mask = np.ones(ids.shape, bool)
     made = {**first, "input_ids": _on(ids).pad(ids, ((0, 0), (0, more)))}
     for name, x in first.items():  # what else is said of each of its tokens, such as their types
-        if name not in ("input_ids", "attention_mask") and not name.startswith("decoder_") and np.shape(x) == ids.shape:
+        own = name not in ("input_ids", "attention_mask", *HEAD_MASKS) and not name.startswith("decoder_")
+        if own and np.shape(x) == ids.shape:
             made[name] = _on(x).pad(x, ((0, 0), (0, more)))
     if mask is not None:
         made["attention_mask"] = _on(mask).pad(mask, ((0, 0), (0, more))).astype(np.int32)
