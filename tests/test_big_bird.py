@@ -1,5 +1,6 @@
 """BigBird where it differs from what its goldens show: drawn blocks, memory, attention by blocks, cross-attention."""
 
+import dataclasses
 import zlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from battery.goldens import Golden
 
+import formax
 from formax.core import registry
 from formax.core import spec as specs
 from formax.layers import text_encoder
@@ -138,3 +140,25 @@ def test_a_mask_of_pairs_cannot_be_cut_into_blocks() -> None:
         ValueError, match=r"20 tokens are read block by block: attention_mask must be \[batch, length\]"
     ):
         big_bird.encode(params, c, jnp.ones((2, 20), int), jnp.ones((2, 20, 20)))
+
+
+# --- as the encoder of another model
+
+
+@pytest.mark.parametrize("length", [28, 33])
+def test_generate_reads_a_text_as_long_as_it_is(length: int) -> None:
+    """28 tokens are read with full attention, 32 would not be; and the last block of 33 is not that of 48."""
+    encoder = formax.AutoConfig.for_model("big_bird", block_size=4, num_random_blocks=1, **SIZES)
+    decoder = formax.AutoConfig.for_model(
+        "gpt2", vocab_size=61, n_embd=24, n_layer=1, n_head=4, is_decoder=True, add_cross_attention=True
+    )
+    model = formax.encoder_decoder(
+        formax.AutoModel.from_config(encoder, key=KEY), formax.AutoModelForCausalLM.from_config(decoder, key=KEY)
+    )
+    wide = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, model.params)  # so that it matters what is read
+    model = dataclasses.replace(model, params=wide)
+    ids = np.random.default_rng(length).integers(4, 61, (2, length))
+    start: dict[str, Any] = {"decoder_start_token_id": 1, "pad_token_id": 0, "eos_token_id": None}
+    out = model.generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_logits=True, **start)
+    logits = model(input_ids=ids, decoder_input_ids=np.ones((2, 1), np.int32)).logits[:, 0]
+    np.testing.assert_allclose(out.logits[0], logits, rtol=1e-4, atol=1e-4)

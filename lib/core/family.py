@@ -100,6 +100,8 @@ class Family:
             for a configuration that does not.
         counts_tokens: whether positions that are not given are counted over tokens that are no padding. The reference's
             `generate` gives them always, from 0 on, and so does ours.
+        fills: whether masked positions behind a text change nothing of it, so that `generate` may fill up what an
+            encoder reads, to a size that is compiled already. Not where blocks are counted from the end.
         parts: of a model made of models, the architecture and configuration of each.
         flax: what Flax has of it; None for nothing.
         tf: what TensorFlow has of it.
@@ -114,6 +116,7 @@ class Family:
     relative: str | None = None
     old_names: Mapping[str, str] = field(default_factory=dict)
     counts_tokens: bool = False
+    fills: bool = True
     parts: Callable[[Any], tuple[tuple[Architecture, Any], ...]] = lambda c: ()
     flax: Port | None = None
     tf: Port | None = None

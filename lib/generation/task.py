@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from formax.core import registry
 from formax.core.config import ConfigError
 from formax.core.frozen import FrozenDict
 from formax.generation import processors, stopping
@@ -245,7 +246,7 @@ def task_of(
             "cache_implementation='sink' keeps the first tokens of a text: give rows of one length, without padding"
         )
     if seq2seq:
-        first = _to_encode(model, config, first, main, fill=not seen)
+        first = _to_encode(model, config, first, main, fill=not seen and _fills(model))
     encoder_length = _encoder_length(model, first, seq2seq)
     prompt, feed, count = _prompt(model, feed, ids, mask, first, cache, encoder_length, wordless, back)
     keeps = tuple(name for name in ("scores", "logits") if f"output_{name}" in asked and not traced)
@@ -443,6 +444,12 @@ def _to_encode(
     if mask is not None:
         made["attention_mask"] = _on(mask).pad(mask, ((0, 0), (0, more))).astype(np.int32)
     return made
+
+
+def _fills(model: Model) -> bool:
+    """Whether the text that an encoder reads may be filled up."""
+    parts = [registry.family(config.model_type) for _, config in model.family.parts(model.config)]
+    return all(family.fills for family in parts or [model.family])
 
 
 def _without_words(config: GenerationConfig) -> GenerationConfig:

@@ -214,6 +214,7 @@ FAMILY = Family(
     base="bert",
     inputs=encode,
     init_cache=init_cache,
+    fills=False,
     relative="bert",
     architectures=(
         _architecture("BigBirdModel", "", model_spec, model, also=("ForTextEncoding",)),
