@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from formax.core import tap
-from formax.core.spec import At, Ignored, Param, Spec, ones, zeros
+from formax.core.spec import At, Ignored, Param, Spec, constant, ones, zeros
 
 
 def layer_spec(name: str, size: int) -> Spec:
@@ -54,6 +54,16 @@ def rms_plus_one(p: dict[str, Any], x: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     return (y * (1 + p["scale"].astype(jnp.float32))).astype(x.dtype)
+
+
+def layer_scale_spec(name: str, size: int, value: float) -> dict[str, Spec]:
+    """A factor for every channel, `value` at first (LayerScale, Touvron et al. 2021, arXiv:2103.17239)."""
+    return {"scale": Param((size,), ("embed",), name, constant(value))}
+
+
+def layer_scale(p: dict[str, Any], x: jax.Array) -> jax.Array:
+    """What a part of a layer adds, scaled by channel, [..., E] -> [..., E]."""
+    return x * p["scale"].astype(x.dtype)
 
 
 def group(p: dict[str, Any], x: jax.Array, groups: int, eps: float) -> jax.Array:

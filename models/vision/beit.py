@@ -18,7 +18,7 @@ from formax.core.config import ConfigError, config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput, SemanticSegmentationOutput
 from formax.core.rng import split
-from formax.core.spec import At, Param, Spec, constant, normal, stack_of, zeros
+from formax.core.spec import At, Spec, normal, stack_of, zeros
 from formax.layers import heads, image_heads, mlp, norm, patch_distance, upernet
 from formax.layers.attention import Mask, attention_spec, self_attention
 from formax.layers.backbone import PatchBackboneConfig, all_states, as_map
@@ -84,8 +84,8 @@ def block_spec(c: BeitConfig, layer: int) -> dict[str, Spec]:
         "mlp": mlp.dense_spec(size, c.intermediate_size, ("intermediate.dense", "output.dense"), init=init),
     }
     if c.layer_scale_init_value > 0:
-        scale = partial(Param, (size,), ("embed",), init=constant(c.layer_scale_init_value))
-        spec |= {"attn_scale": {"scale": scale("lambda_1")}, "mlp_scale": {"scale": scale("lambda_2")}}
+        scale = partial(norm.layer_scale_spec, size=size, value=c.layer_scale_init_value)
+        spec |= {"attn_scale": scale("lambda_1"), "mlp_scale": scale("lambda_2")}
     return spec
 
 
@@ -103,7 +103,7 @@ def block(p: Any, c: BeitConfig, x: jax.Array, shared: Any, grid: tuple[int, int
 
     def add(x: jax.Array, h: jax.Array, name: str, key: Any, other: Any) -> jax.Array:
         h = dropout(h, c.hidden_dropout_prob, key)
-        return x + drop_path(h * p[name]["scale"].astype(h.dtype) if name in p else h, rate, other)
+        return x + drop_path(norm.layer_scale(p[name], h) if name in p else h, rate, other)
 
     how: dict[str, Any] = {"bias": bias, "dropout": c.attention_probs_dropout_prob, "key": keys[0]}
     h, _ = self_attention(p["attn"], norm.layer(p["attn_norm"], x, c.layer_norm_eps), c.head_dim, mask=Mask(), **how)

@@ -1,10 +1,9 @@
 """DINOv2: a ViT taught without labels, whose states say as they are what is where in an image.
 
 Oquab et al. 2023, arXiv:2304.07193; original code facebookresearch/dinov2. Nearest relative: ViT, with a factor for
-every channel on what a layer's parts add (LayerScale, Touvron et al. 2021, arXiv:2103.17239). The largest model's
-feed-forward network is a SwiGLU. Positions are always stretched to the image, a vector for hidden patches is always
-there, and labels come from the class token beside the mean of the patches. As a backbone it gives the states of any
-layers as maps.
+every channel on what a layer's parts add (LayerScale). The largest model's feed-forward network is a SwiGLU. Positions
+are always stretched to the image, a vector for hidden patches is always there, and labels come from the class token
+beside the mean of the patches. As a backbone it gives the states of any layers as maps.
 """
 
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from formax.core.config import config
 from formax.core.family import Architecture, Family, Port
 from formax.core.outputs import BackboneOutput, BaseModelOutput, LogitsOutput
 from formax.core.rng import split
-from formax.core.spec import At, Param, Spec, constant, normal, stack_of
+from formax.core.spec import At, Spec, normal, stack_of
 from formax.layers import heads, mlp, norm
 from formax.layers.attention import Mask, attention_spec, self_attention
 from formax.layers.backbone import PatchBackboneConfig, all_states, as_map
@@ -60,7 +59,7 @@ def block_spec(c: Dinov2Config, layer: int) -> dict[str, Spec]:
     names = ("attention.query", "attention.key", "attention.value", "output.dense")
     bias, init = True if c.qkv_bias else "o", normal(c.initializer_range)
     attn = attention_spec(c.hidden_size, c.heads_of(layer), c.head_dim, names=names, init=init, bias=bias)
-    scale = {"scale": Param((c.hidden_size,), ("embed",), "lambda1", constant(c.layerscale_value))}
+    scale = norm.layer_scale_spec("lambda1", c.hidden_size, c.layerscale_value)
     return {
         "attn_norm": norm.layer_spec("norm1", c.hidden_size),
         "attn": At("attention", attn),
@@ -77,10 +76,10 @@ def block(p: Any, c: Dinov2Config, x: jax.Array, key: Any) -> jax.Array:
     h = norm.layer(p["attn_norm"], x, c.layer_norm_eps)
     h, _ = self_attention(p["attn"], h, c.head_dim, mask=Mask(), dropout=c.attention_probs_dropout_prob, key=keys[0])
     h = dropout(h, c.hidden_dropout_prob, keys[1])
-    x = x + drop_path(h * p["attn_scale"]["scale"].astype(h.dtype), c.drop_path_rate, keys[2])
+    x = x + drop_path(norm.layer_scale(p["attn_scale"], h), c.drop_path_rate, keys[2])
     h = norm.layer(p["mlp_norm"], x, c.layer_norm_eps)
     h = mlp.gated(p["mlp"], h, "silu") if "gate" in p["mlp"] else mlp.dense(p["mlp"], h, c.hidden_act)
-    return x + drop_path(h * p["mlp_scale"]["scale"].astype(h.dtype), c.drop_path_rate, keys[3])
+    return x + drop_path(norm.layer_scale(p["mlp_scale"], h), c.drop_path_rate, keys[3])
 
 
 def model_spec(c: Dinov2Config) -> dict[str, Spec]:
