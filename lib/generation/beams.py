@@ -20,7 +20,7 @@ from jax import Array
 from formax.generation import state
 from formax.generation.answer import beam_answer, longest, to_the_end
 from formax.generation.decoding import Context, Feed, Known
-from formax.generation.sampling import empty_record, guidance_of, noted, processed, read_last, written
+from formax.generation.sampling import empty_record, guidance_of, noted, processed, read_last, read_negative, written
 from formax.generation.state import Rule, Tokens
 from formax.generation.task import Task
 from formax.model import Model
@@ -172,12 +172,9 @@ def go(model: Model, beams: Beams, rules: Rules, until: Array, *, how: How) -> t
 
     def step(beams: Beams) -> Beams:
         logits, context, seen = read_last(model, how.feed, beams.context, beams.tokens)
-        beams = replace(beams, context=context, record=noted(beams.record, seen, beams.tokens))
-        other = None
-        if beams.negative is not None and how.negative is not None:
-            its, known = beams.negative
-            other, known, _ = read_last(model, how.negative, known, its)
-            beams = replace(beams, negative=(its, known))
+        record = noted(beams.record, seen, beams.tokens)
+        other, negative = read_negative(model, how.negative, beams.negative)
+        beams = replace(beams, context=context, record=record, negative=negative)
         return choose(beams, logits, rules, how, other)
 
     beams = jax.lax.while_loop(lambda one: ~over(one, how) & (one.tokens.length < until), step, beams)

@@ -130,11 +130,8 @@ def step(model: Model, texts: Texts, rules: Rules, how: How) -> Texts:
     """Reads the last token of every text and chooses the next."""
     logits, context, seen = read_last(model, how.feed, texts.context, texts.tokens)
     texts = replace(texts, context=context, record=noted(texts.record, seen, texts.tokens))
-    other = None
-    if texts.negative is not None and how.negative is not None:
-        its, known = texts.negative
-        other, known, _ = read_last(model, how.negative, known, its)
-        texts = replace(texts, negative=(its, known))
+    other, negative = read_negative(model, how.negative, texts.negative)
+    texts = replace(texts, negative=negative)
     states = tuple(x[:, -1] for x in seen.get("hidden_states", ()))
     return choose(model, texts, logits, rules, how, other, states)
 
@@ -190,6 +187,17 @@ def read_last(model: Model, feed: Feed, context: Context, tokens: Tokens) -> tup
     """Reads the last token of every text: scores of the next [B, V], what is known then, what else was asked for."""
     logits, context, seen = read(model, feed, context, tokens, tokens.length - 1, 1)
     return logits[:, 0], context, seen
+
+
+def read_negative(
+    model: Model, feed: Feed | None, negative: tuple[Tokens, Context] | None
+) -> tuple[Array | None, tuple[Tokens, Context] | None]:
+    """As `read_last`, of the texts after the prompt for guidance: scores [B, V], None without guidance; the texts."""
+    if feed is None or negative is None:
+        return None, negative
+    tokens, context = negative
+    scores, context, _ = read_last(model, feed, context, tokens)
+    return scores, (tokens, context)
 
 
 def empty_record(
